@@ -1,0 +1,120 @@
+"""What every engine offers, and the types that pass between engines, training and estimation.
+
+An engine models images of box N as a generator of spatial coordinates with latent content z,
+in-plane rotation theta and origin o, decoded at q = R(theta) (p + o) (see geometry). Radians and
+pixels throughout; no files, no prints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from cryo_svae.ctf import CtfTable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass(frozen=True)
+class Batch:
+    """b particles as an engine sees them.
+
+    index: row of each particle in the training set (row of a per-particle table).
+    image: what ``Engine.represent`` made of the prepared images; float, first axis b.
+    ctf:   their CTF parameters, or None where the model has no CTF.
+    """
+
+    index: Int[Tensor, "b"]
+    image: Float[Tensor, "b ..."]
+    ctf: CtfTable | None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        ctf = None if self.ctf is None else self.ctf.to(device)
+        return Batch(self.index.to(device), self.image.to(device), ctf)
+
+
+@dataclass(frozen=True)
+class ElboTerms:
+    """Terms of the evidence lower bound, per particle, in nats; elbo = likelihood - KLs."""
+
+    log_likelihood: Float[Tensor, "b"]
+    kl_z: Float[Tensor, "b"]
+    kl_pose: Float[Tensor, "b"]
+
+    @property
+    def elbo(self) -> Float[Tensor, "b"]:
+        """The evidence lower bound per particle, in nats."""
+        return self.log_likelihood - self.kl_z - self.kl_pose
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """What the model believes of b particles; psi in radians, origins (x, y) in pixels.
+
+    figure_of_merit:  higher is better, about 0 for an image without a particle.
+    log_likelihood:   the evidence (or its bound) of the image, in nats.
+    second_mode:      probability mass of the second-best separate pose mode, 0 where an engine
+                      has a single-mode posterior.
+    """
+
+    z_mean: Float[Tensor, "b d"]
+    z_std: Float[Tensor, "b d"]
+    psi_rad: Float[Tensor, "b"]
+    psi_std_rad: Float[Tensor, "b"]
+    origin_px: Float[Tensor, "b 2"]
+    origin_std_px: Float[Tensor, "b"]
+    figure_of_merit: Float[Tensor, "b"]
+    log_likelihood: Float[Tensor, "b"]
+    second_mode: Float[Tensor, "b"]
+
+    @staticmethod
+    def cat(parts: list[Posterior]) -> Posterior:
+        """Posteriors of consecutive batches as one."""
+        return Posterior(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Posterior)))
+
+    def to(self, device: torch.device | str) -> Posterior:
+        """The same posterior on another device."""
+        return Posterior(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+class Engine(Protocol):
+    """A spatial-VAE: trained by ``training.fit``, asked by ``estimation.estimate``.
+
+    Every engine is a ``torch.nn.Module`` built as ``EngineClass(box_px, z_dim, config)``.
+    """
+
+    box_px: int
+    z_dim: int
+
+    def represent(self, images: Float[Tensor, "b n n"]) -> Float[Tensor, "b ..."]:
+        """What the engine keeps of prepared images (white particle, background mean 0, sd 1)."""
+        ...
+
+    def start(self, batches: Iterator[Batch], n_particles: int) -> None:
+        """Sets what is read off the data before training (noise level, scale, pose table)."""
+        ...
+
+    def begin_epoch(self, epoch: int, n_epochs: int) -> None:
+        """Told before each epoch (0-based): schedules of KL weight, z delay, search step."""
+        ...
+
+    def elbo(self, batch: Batch) -> ElboTerms:
+        """Bound per particle with its own random draws (torch's global generator)."""
+        ...
+
+    def infer(self, batch: Batch) -> Posterior:
+        """Posterior of each particle, deterministic."""
+        ...
+
+    def decode(self, z: Float[Tensor, "k d"]) -> Float[Tensor, "k n n"]:
+        """Generated images at pose zero, CTF-free, white particle."""
+        ...
