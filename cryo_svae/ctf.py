@@ -77,7 +77,8 @@ def rfft_frequencies(box_px: int, device: torch.device | str = "cpu") -> Float[T
     """Frequencies (kx, ky) in cycles per pixel of ``torch.fft.rfft2`` of an N x N image."""
     ky = torch.fft.fftfreq(box_px, device=device)
     kx = torch.fft.rfftfreq(box_px, device=device)
-    return torch.stack(torch.broadcast_tensors(kx[None, :], ky[:, None]), -1)
+    ky, kx = torch.meshgrid(ky, kx, indexing="ij")
+    return torch.stack([kx, ky], -1)
 
 
 def ctf_2d(table: CtfTable, box_px: int) -> Float[Tensor, "b n half"]:

@@ -1,0 +1,1 @@
+"""File formats: files to tables and arrays, and back. No torch here."""

@@ -1,0 +1,1 @@
+"""The engines: tensors in, tensors out; no files, no prints."""
