@@ -72,9 +72,7 @@ def reference_to_particle(
     return points_px @ rotation_matrix(psi_rad) - origin_px[..., None, :]
 
 
-def _sample(
-    images: Float[Tensor, "b n n"], points_px: Float[Tensor, "b p 2"]
-) -> Float[Tensor, "b n n"]:
+def _sample(images: Float[Tensor, "b n n"], points_px: Float[Tensor, "b p 2"]) -> Float[Tensor, "b n n"]:
     box_px = images.shape[-1]
     index = points_px + box_px // 2
     grid = (2.0 * index + 1.0) / box_px - 1.0

@@ -7,12 +7,13 @@ pixels throughout; no files, no prints.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from cryo_svae.ctf import CtfTable
 
@@ -86,35 +87,55 @@ class Posterior:
         return Posterior(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
-class Engine(Protocol):
-    """A spatial-VAE: trained by ``training.fit``, asked by ``estimation.estimate``.
+@dataclass(frozen=True, kw_only=True)
+class TrainingDefaults:
+    """What an engine trains best with, where the user says nothing.
 
-    Every engine is a ``torch.nn.Module`` built as ``EngineClass(box_px, z_dim, config)``.
+    schedule: "constant" learning rate, or "one-cycle" (up over the first 30 %, then down to 0).
     """
 
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    schedule: Literal["constant", "one-cycle"]
+
+
+class Engine(nn.Module, ABC):
+    """A spatial-VAE: trained by ``training.fit``, asked by ``estimation.estimate``.
+
+    Built as ``EngineClass(box_px, z_dim, config)``.
+
+    largest_box_px: box beyond which images are Fourier-cropped unless the user says otherwise.
+    kl_weight:      weight of the KL terms in the training loss, set by ``begin_epoch``.
+    """
+
+    training_defaults: ClassVar[TrainingDefaults]
+    largest_box_px: ClassVar[int]
     box_px: int
     z_dim: int
+    config: Any
+    kl_weight: float
 
+    @abstractmethod
     def represent(self, images: Float[Tensor, "b n n"]) -> Float[Tensor, "b ..."]:
         """What the engine keeps of prepared images (white particle, background mean 0, sd 1)."""
-        ...
 
+    @abstractmethod
     def start(self, batches: Iterator[Batch], n_particles: int) -> None:
         """Sets what is read off the data before training (noise level, scale, pose table)."""
-        ...
 
+    @abstractmethod
     def begin_epoch(self, epoch: int, n_epochs: int) -> None:
         """Told before each epoch (0-based): schedules of KL weight, z delay, search step."""
-        ...
 
+    @abstractmethod
     def elbo(self, batch: Batch) -> ElboTerms:
         """Bound per particle with its own random draws (torch's global generator)."""
-        ...
 
+    @abstractmethod
     def infer(self, batch: Batch) -> Posterior:
         """Posterior of each particle, deterministic."""
-        ...
 
+    @abstractmethod
     def decode(self, z: Float[Tensor, "k d"]) -> Float[Tensor, "k n n"]:
         """Generated images at pose zero, CTF-free, white particle."""
-        ...

@@ -1,0 +1,80 @@
+"""Classes of z, and images decoded from the latent space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from scipy.cluster.vq import kmeans2
+from torch import Tensor
+
+from cryo_svae.checkpoint import Checkpoint
+from cryo_svae.estimation import EstimateTable
+
+PARTICLES_A_CLASS = 100
+MOST_CLASSES = 50
+TRAVERSAL_STEPS = 11
+
+
+@dataclass(frozen=True)
+class Classes:
+    """k-means classes of z, largest first.
+
+    centre:       (k, d).
+    class_number: (n,) 1-based; unusable particles go by their z of 0.
+    n_particles:  (k,) usable particles of each.
+    """
+
+    centre: NDArray[np.float64]
+    class_number: NDArray[np.intp]
+    n_particles: NDArray[np.intp]
+
+
+def default_classes(n_particles: int) -> int:
+    """Number of classes where the user says nothing: a hundred particles each, 50 at most."""
+    return max(1, min(MOST_CLASSES, n_particles // PARTICLES_A_CLASS))
+
+
+def classify(table: EstimateTable, n_classes: int, seed: int) -> Classes:
+    """k-means (k-means++ start) on the z of usable particles; fewer classes where z are too few."""
+    z = table.z[table.usable]
+    distinct = np.unique(z, axis=0)
+    k = min(n_classes, len(distinct))
+    if k <= 1:
+        centre = z.mean(0, keepdims=True) if len(z) else np.zeros((1, table.z.shape[1]))
+    else:
+        centre, _ = kmeans2(z, k, iter=50, minit="++", missing="warn", rng=np.random.default_rng(seed))
+    number = _nearest(table.z, centre)
+    counts = np.bincount(number[table.usable], minlength=len(centre))
+    order = np.argsort(-counts, kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return Classes(centre=centre[order], class_number=rank[number] + 1, n_particles=counts[order])
+
+
+def _nearest(z: NDArray[np.float64], centre: NDArray[np.float64]) -> NDArray[np.intp]:
+    number = np.empty(len(z), dtype=np.intp)
+    for start in range(0, len(z), 65536):
+        part = z[start : start + 65536]
+        squares = (part**2).sum(1)[:, None] - 2.0 * part @ centre.T + (centre**2).sum(1)
+        number[start : start + 65536] = squares.argmin(1)
+    return number
+
+
+def decode(checkpoint: Checkpoint, z: NDArray[np.float64], device: torch.device) -> Float[Tensor, "k n n"]:
+    """The generator's images at z (k, d), pose zero, white particle, without CTF."""
+    engine = checkpoint.engine.to(device).eval()
+    with torch.no_grad():
+        points = torch.from_numpy(np.ascontiguousarray(z)).float().to(device)
+        return torch.cat([engine.decode(points[i : i + 16]).cpu() for i in range(0, len(points), 16)])
+
+
+def traversal_points(table: EstimateTable, axis: int) -> NDArray[np.float64]:
+    """z (11, d) at the 2nd to 98th percentiles of one axis, the others at their means."""
+    z = table.z[table.usable]
+    points = np.repeat(z.mean(0, keepdims=True), TRAVERSAL_STEPS, 0)
+    points[:, axis] = np.percentile(z[:, axis], np.linspace(2, 98, TRAVERSAL_STEPS))
+    return points

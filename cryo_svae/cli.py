@@ -1,0 +1,158 @@
+"""The command line: arguments to settings to a stage to an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cryo_svae import __version__, config
+from cryo_svae.config import ModelConfig, OutputConfig, ParticlesConfig, TrainingConfig
+from cryo_svae.errors import CryoSvaeError, InputError
+
+INTERRUPTED = 130
+Stage = Callable[[Any, dict[str, Any], str], None]
+
+
+def _parser() -> argparse.ArgumentParser:
+    from cryo_svae.models import CONFIG_CLASSES
+    from cryo_svae.simulate import SimulateConfig
+
+    parser = argparse.ArgumentParser(
+        prog="cryo-svae",
+        description="Content, in-plane rotation and shift of cryo-EM particles by spatial variational "
+        "autoencoders: RELION STAR and MRC in, STAR and MRC out.",
+    )
+    parser.add_argument("--version", action="version", version=f"cryo_svae {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, summary: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=summary, description=summary)
+
+    run = add("run", "train a model, estimate every particle, decode class averages")
+    train = add("train", "train a model only")
+    for command in (run, train):
+        _add_job_options(command)
+        _add_particles(command, optional=True)
+        config.add_options(command, ParticlesConfig, ModelConfig, TrainingConfig)
+        config.add_options(command, *([OutputConfig] if command is run else []), *CONFIG_CLASSES)
+    estimate = add("estimate", "estimate particles, perhaps others, with a trained model")
+    _add_job_options(estimate)
+    _add_particles(estimate, optional=True)
+    estimate.add_argument(
+        "--model", type=Path, default=argparse.SUPPRESS, metavar="MODEL.pt", help="model.pt of a job"
+    )
+    config.add_options(estimate, ParticlesConfig, TrainingConfig, OutputConfig)
+    inspect = add("inspect", "say what is understood of a particle file, and draw some of its images")
+    _add_particles(inspect, optional=False)
+    inspect.add_argument(
+        "--out", type=Path, default=Path("inspect.png"), metavar="PNG", help="the montage [inspect.png]"
+    )
+    config.add_options(inspect, ParticlesConfig)
+    simulate = add("simulate", "make particles of a molecule in motion, with their truth")
+    simulate.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write")
+    simulate.add_argument("--overwrite", action="store_true", help="write over an earlier simulation")
+    config.add_options(simulate, SimulateConfig)
+    return parser
+
+
+def _add_particles(parser: argparse.ArgumentParser, optional: bool) -> None:
+    settings: dict[str, Any] = {"nargs": "?", "default": argparse.SUPPRESS} if optional else {}
+    parser.add_argument(
+        "particles", type=Path, metavar="PARTICLES.star", help="RELION particle file (3.0 to 5)", **settings
+    )
+
+
+def _add_job_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="JOB", help="job folder")
+    parser.add_argument("--config", type=Path, metavar="YAML", help="settings, as in a job's config.yaml")
+    parser.add_argument("--resume", action="store_true", help="go on with the job in this folder")
+    parser.add_argument("--overwrite", action="store_true", help="remove the job's results first")
+
+
+def _run_job(arguments: dict[str, Any], stage_name: str) -> None:
+    from cryo_svae import stages
+    from cryo_svae.job import open_job, settings_to_resume
+    from cryo_svae.models import CONFIG_CLASSES
+
+    out, source = arguments.pop("out"), "the command line"
+    overwrite, resume = arguments.pop("overwrite"), arguments.pop("resume")
+    config_path = arguments.pop("config")
+    if config_path is not None:
+        source = str(config_path)
+        arguments = {**config.read_yaml(config_path), **arguments}
+    for name in ("particles", "model") if stage_name == "estimate_only" else ("particles",):
+        if name not in arguments and not resume:
+            raise InputError(
+                "the command line",
+                found=f"no {name}",
+                expected="a RELION STAR file" if name == "particles" else "--model MODEL.pt",
+                remedy="see cryo-svae --help.",
+            )
+    job = open_job(out, overwrite=overwrite, resume=resume)
+    if resume:
+        arguments = settings_to_resume(job, arguments)
+    classes = (ParticlesConfig, ModelConfig, TrainingConfig, OutputConfig, *CONFIG_CLASSES)
+    plain = {name: value for name, value in arguments.items() if name not in ("particles", "model")}
+    config.refuse_unknown(plain, classes, source)
+    with job.logging():
+        getattr(stages, stage_name)(job, arguments, source)
+
+
+def _inspect(arguments: dict[str, Any]) -> None:
+    from cryo_svae.inspection import inspect
+
+    settings = config.build(ParticlesConfig, arguments, "the command line")
+    for line in inspect(arguments["particles"], settings, arguments["out"]):
+        print(line)
+
+
+def _simulate(arguments: dict[str, Any]) -> None:
+    from cryo_svae.errors import OutputError
+    from cryo_svae.simulate import SimulateConfig, simulate, write_simulated
+
+    out = arguments["out"]
+    if (out / "particles.star").exists() and not arguments["overwrite"]:
+        raise OutputError(
+            f"{out}: holds particles.star.\n  To mend: name another folder, or add --overwrite."
+        )
+    settings = config.build(SimulateConfig, arguments, "the command line")
+    write_simulated(out, simulate(settings), settings)
+    print(f"{settings.n_particles:,} particles in {out}/particles.star, their truth in {out}/truth.star")
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; the exit code: 0 done, 2 bad input, 130 interrupted."""
+    arguments = vars(_parser().parse_args(argv))
+    command = arguments.pop("command")
+    try:
+        if command == "inspect":
+            _inspect(arguments)
+        elif command == "simulate":
+            _simulate(arguments)
+        else:
+            stage = {"run": "run", "train": "train_only", "estimate": "estimate_only"}[command]
+            _run_job(arguments, stage)
+    except CryoSvaeError as error:
+        print(f"cryo-svae: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:
+        print(f"cryo-svae: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return CryoSvaeError.exit_code
+    except KeyboardInterrupt:
+        print("cryo-svae: interrupted; the same command with --resume goes on", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def entry_point() -> None:
+    """Console script: SIGTERM is taken as Ctrl-C."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Images of particles by number, read lazily from many stacks."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cryo_svae.formats.mrc import read_images
+from cryo_svae.particles import ParticleSet
+
+
+class ImageSource:
+    """Images of a particle set; holds no image and no open file."""
+
+    def __init__(self, particles: ParticleSet) -> None:
+        self.particles = particles
+
+    def read(self, index: NDArray[np.intp]) -> NDArray[np.float32]:
+        """Images (b, n, n) of particles ``index`` (b,), all of one box, in that order."""
+        particles = self.particles
+        boxes = particles.box_px[index]
+        if len(index) == 0 or np.any(boxes != boxes[0]):
+            raise ValueError("a read takes one or more particles of one box")
+        images = np.empty((len(index), int(boxes[0]), int(boxes[0])), dtype=np.float32)
+        stack_of = particles.stack_of[index]
+        for stack in np.unique(stack_of):
+            here = np.flatnonzero(stack_of == stack)
+            slices = particles.slice_of[index[here]]
+            images[here] = read_images(particles.stacks[stack].path, slices)
+        return images

@@ -1,0 +1,81 @@
+"""What is understood of a particle file, in words and as a montage."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cryo_svae.config import ParticlesConfig
+from cryo_svae.formats.atomic import atomic_path
+from cryo_svae.images import ImageSource
+from cryo_svae.particles import read_particles
+from cryo_svae.preprocessing import plan_preparation, prepared_images
+from cryo_svae.stages import CONTRAST_SIGNIFICANCE, contrast_score, describe
+
+MONTAGE_PARTICLES = 40
+MONTAGE_COLUMNS = 10
+LARGEST_BOX_PX = 128
+
+
+def inspect(path: Path, config: ParticlesConfig, png: Path) -> list[str]:
+    """Lines that say what a particle file holds; draws some of its images, below them smoothed ones."""
+    particles = read_particles(path, datadir=config.datadir, pixel_size_angst=config.pixel_size)
+    images = ImageSource(particles)
+    preparation = plan_preparation(particles, config, LARGEST_BOX_PX)
+    lines = describe(particles)
+    score = contrast_score(images, preparation)
+    if abs(score) < CONTRAST_SIGNIFICANCE:
+        guess = "cannot be told"
+    elif (score > 0) != preparation.invert:
+        guess = "protein white"
+    else:
+        guess = "protein dark: use --invert"
+    lines.append(f"contrast      {guess} (middle against background: {score:+.0f} standard errors)")
+    bad = [
+        int(row)
+        for index, _, usable in prepared_images(images, np.arange(len(particles)), preparation)
+        for row in index[~usable.numpy()]
+    ]
+    where = ", ".join(str(particles.block.line_of(row)) for row in bad[:5])
+    lines.append(f"junk images   {len(bad)} NaN or constant" + (f" (line {where})" if bad else ""))
+    pick = np.unique(np.linspace(0, len(particles) - 1, MONTAGE_PARTICLES).astype(np.intp))
+    chosen = torch.cat([prepared for _, prepared, _ in prepared_images(images, pick, preparation)])
+    title = f"{path.name}: {len(particles):,} particles, every {max(1, len(particles) // len(pick)):,}th"
+    draw_montage(png, chosen, title)
+    return [*lines, f"montage       {png}"]
+
+
+def smooth(images: Float[Tensor, "b n n"], width_px: float) -> Float[Tensor, "b n n"]:
+    """Images under a Gaussian of this standard deviation."""
+    box_px = images.shape[-1]
+    ky = torch.fft.fftfreq(box_px)[:, None]
+    kx = torch.fft.rfftfreq(box_px)[None, :]
+    transfer = torch.exp(-2.0 * (math.pi * width_px) ** 2 * (kx**2 + ky**2))
+    smoothed: Tensor = torch.fft.irfft2(torch.fft.rfft2(images) * transfer, s=images.shape[-2:])
+    return smoothed
+
+
+def draw_montage(png: Path, images: Float[Tensor, "b n n"], title: str) -> None:
+    """A PNG of images as they are, and again smoothed by 4 % of the box, row 0 at the top."""
+    from matplotlib.figure import Figure
+
+    columns = min(MONTAGE_COLUMNS, len(images))
+    rows = math.ceil(len(images) / columns)
+    figure = Figure(figsize=(columns, 2 * rows + 0.8), layout="constrained")
+    parts = np.asarray(figure.subfigures(2, 1))
+    smoothed = smooth(images, 0.04 * images.shape[-1])
+    for part, drawn, name in zip(parts, (images, smoothed), (title, "the same, smoothed"), strict=True):
+        part.suptitle(name, fontsize=9)
+        axes = np.atleast_1d(np.asarray(part.subplots(rows, columns))).ravel()
+        low, high = np.percentile(drawn.numpy(), [1, 99])
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, image in zip(axes, drawn, strict=False):
+            axis.imshow(image.numpy(), cmap="gray", vmin=low, vmax=high)
+    with atomic_path(png) as temporary:
+        figure.savefig(temporary, dpi=110)

@@ -1,0 +1,176 @@
+"""The job folder: what it may hold before a run, its log, and its record of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cryo_svae
+from cryo_svae.config import read_yaml, write_yaml
+from cryo_svae.errors import InputError, OutputError
+from cryo_svae.formats.atomic import atomic_path
+
+log = logging.getLogger("cryo_svae")
+
+CHECKPOINT = "model.pt"
+CONFIG = "config.yaml"
+RESULT_PATTERNS = (
+    CHECKPOINT,
+    CONFIG,
+    "particles.star",
+    "latents.h5",
+    "decoded.mrcs",
+    "classes.star",
+    "traversal_z*.mrcs",
+    "epochs.tsv",
+    "run.json",
+    "run.log",
+)
+
+
+class _Memory(logging.Handler):
+    """Keeps the warnings, for the record of the run."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keeps one warning."""
+        self.texts.append(record.getMessage())
+
+
+class _Plain(logging.Formatter):
+    """Messages as they are; warnings say so."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line."""
+        mark = "WARNING: " if record.levelno >= logging.WARNING else ""
+        return mark + record.getMessage()
+
+
+class Job:
+    """A job folder in use."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._warnings = _Memory()
+        self._began = time.time()
+        self._timings: dict[str, float] = {}
+
+    def path(self, name: str) -> Path:
+        """Path of a file of the job."""
+        return self.folder / name
+
+    @contextlib.contextmanager
+    def logging(self) -> Iterator[None]:
+        """Messages go to the terminal and to run.log while this lasts."""
+        to_file = logging.FileHandler(self.path("run.log"), encoding="utf-8")
+        handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), to_file, self._warnings]
+        for handler in handlers:
+            handler.setFormatter(_Plain())
+            log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            for handler in handlers:
+                log.removeHandler(handler)
+                handler.flush()
+            to_file.close()
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Adds the seconds of a part of the job to its record."""
+        began = time.monotonic()
+        yield
+        self._timings[what] = round(time.monotonic() - began, 3)
+
+    def write_config(self, settings: Mapping[str, Any]) -> None:
+        """The resolved settings, from which the run repeats."""
+        with atomic_path(self.path(CONFIG)) as temporary:
+            write_yaml(temporary, settings)
+
+    def write_record(self, inputs: Mapping[str, Any], seed: int, device: torch.device) -> None:
+        """run.json: versions, seed, inputs with digests, timings, warnings."""
+        packages = ("torch", "numpy", "scipy", "mrcfile", "h5py")
+        record = {
+            "program": f"cryo_svae {cryo_svae.__version__}",
+            "command": sys.argv,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(self._began)),
+            "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "threads": torch.get_num_threads(),
+            "seed": seed,
+            "inputs": inputs,
+            "seconds": self._timings,
+            "warnings": self._warnings.texts,
+        }
+        with atomic_path(self.path("run.json")) as temporary:
+            temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+
+
+def open_job(folder: Path, *, overwrite: bool, resume: bool) -> Job:
+    """The folder, made if need be; one that holds results is refused unless told what to do with them."""
+    if overwrite and resume:
+        raise InputError(
+            "--resume",
+            found="--overwrite with it",
+            expected="one of the two",
+            remedy="--resume goes on with the job, --overwrite starts it anew.",
+        )
+    if folder.exists() and not folder.is_dir():
+        raise InputError(
+            "--out", found=f"the file '{folder}'", expected="a folder", remedy="name another folder."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: cannot be made: {error.strerror}.\n  To mend: name a folder that you may write to."
+        ) from error
+    results = sorted(path for pattern in RESULT_PATTERNS for path in folder.glob(pattern))
+    if results and not (overwrite or resume):
+        raise OutputError(
+            f"{folder}: holds results ({results[0].name}, …).\n"
+            "  To mend: name another folder, or add --resume to go on, or --overwrite to start anew."
+        )
+    if overwrite:
+        for path in results:
+            path.unlink()
+    return Job(folder)
+
+
+def settings_to_resume(job: Job, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the job's config.yaml; those given again must be the same."""
+    path = job.path(CONFIG)
+    if not path.exists():
+        return dict(given)
+    kept = read_yaml(path)
+    for name, value in given.items():
+        plain = str(value) if isinstance(value, Path) else value
+        if name in kept and kept[name] != plain:
+            raise InputError(
+                f"--{name.replace('_', '-')}",
+                found=repr(plain),
+                expected=f"{kept[name]!r}, as in {path}",
+                remedy="resume with the same settings, or start anew with --overwrite.",
+            )
+    return {**given, **kept}
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

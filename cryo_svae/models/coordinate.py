@@ -1,0 +1,306 @@
+"""The paper's engine: an MLP on spatial coordinates and z (Bepler et al., NeurIPS 2019).
+
+The generator maps (x, y, z) to the distribution of the pixel at (x, y). Rotation and shift act on
+the coordinates: the pixel at p is decoded at q = R(theta) (p + o). One inference MLP gives means
+and standard deviations of theta, o and z from the flattened image.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cryo_svae import geometry
+from cryo_svae.config import check, derived, option
+from cryo_svae.ctf import CtfTable, ctf_2d
+from cryo_svae.errors import InputError
+from cryo_svae.models.divergences import kl_normal, kl_normal_free_mean
+from cryo_svae.models.engine import Batch, ElboTerms, Engine, Posterior, TrainingDefaults
+from cryo_svae.models.pixels import PixelKind, PixelLikelihood
+
+ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoordinateConfig:
+    """The paper's engines, coordinate and vanilla."""
+
+    layers: int = option(2, "hidden layers of the generator and of the encoder")
+    hidden: int = option(500, "units of a hidden layer of the generator (the paper: 500, real EM 1,000)")
+    encoder_hidden: int = option(500, "units of a hidden layer of the encoder (the paper: 500 to 5,000)")
+    activation: Literal["tanh", "relu"] = option("tanh", "activation of the hidden layers")
+    pixels: PixelKind = option("gaussian", "distribution of a pixel; gaussian learns one spread")
+    softplus: bool = option(False, "keep the mean of Gaussian pixels positive by a softplus")
+    rotate: bool = option(True, "infer the rotation; --no-rotate fixes it at 0")
+    translate: bool = option(True, "infer the shift; --no-translate fixes it at 0")
+    rotation_prior: Literal["free-mean", "normal"] = option(
+        "free-mean", "KL of the rotation: about a free mean (all angles alike), or about 0"
+    )
+    rotation_std_deg: float = option(180.0, "standard deviation of the rotation's prior in degrees")
+    z_delay: int = option(2, "epochs for which z stays 0 at the start, so that pose is learned first")
+    augment_rotation: bool = option(True, "turn the encoder's input by a random angle while training")
+    shift_std_px: float = derived(2.0, "standard deviation of the shift's prior in pixels")
+    mask_radius_px: float = derived(math.inf, "radius of the circle of pixels modelled")
+    channels: int = derived(1, "channels of the images; cryo-EM has one")
+
+    def __post_init__(self) -> None:
+        check(self.layers >= 1, "layers", self.layers, "1 or more")
+        check(self.hidden >= 1, "hidden", self.hidden, "1 or more")
+        check(self.encoder_hidden >= 1, "encoder_hidden", self.encoder_hidden, "1 or more")
+        check(self.rotation_std_deg > 0, "rotation_std_deg", self.rotation_std_deg, "degrees above 0")
+        check(self.z_delay >= 0, "z_delay", self.z_delay, "0 or more")
+        check(self.shift_std_px > 0, "shift_std_px", self.shift_std_px, "pixels above 0")
+        check(self.channels in (1, 3), "channels", self.channels, "1 or 3")
+
+
+def mlp(n_in: int, hidden: int, n_out: int, layers: int, activation: str) -> nn.Sequential:
+    """``layers`` hidden layers and a linear output."""
+    widths = [n_in] + [hidden] * layers
+    steps: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        steps += [nn.Linear(before, after), ACTIVATIONS[activation]()]
+    return nn.Sequential(*steps, nn.Linear(widths[-1], n_out))
+
+
+class CoordinateGenerator(nn.Module):
+    """(x, y, z) to a pixel's distribution; the first layer is split so that z costs once an image."""
+
+    def __init__(self, z_dim: int, n_out: int, config: CoordinateConfig) -> None:
+        super().__init__()
+        self.of_coordinates = nn.Linear(2, config.hidden)
+        self.of_z = nn.Linear(z_dim, config.hidden, bias=False)
+        self.activation = ACTIVATIONS[config.activation]()
+        self.rest = mlp(config.hidden, config.hidden, n_out, config.layers - 1, config.activation)
+
+    def forward(
+        self, coordinates: Float[Tensor, "b p 2"], z: Float[Tensor, "b d"]
+    ) -> Float[Tensor, "b p out"]:
+        """Outputs at coordinates in [-1, 1]."""
+        output: Tensor = self.rest(
+            self.activation(self.of_coordinates(coordinates) + self.of_z(z)[:, None, :])
+        )
+        return output
+
+
+class Latents(NamedTuple):
+    """Means and log standard deviations that the encoder gives; rotation in rad, shift in px."""
+
+    z: Float[Tensor, "b d"]
+    z_log_std: Float[Tensor, "b d"]
+    psi: Float[Tensor, "b 1"]
+    psi_log_std: Float[Tensor, "b 1"]
+    origin: Float[Tensor, "b 2"]
+    origin_log_std: Float[Tensor, "b 2"]
+
+
+def _sample(mean: Tensor, log_std: Tensor) -> Tensor:
+    return mean + torch.exp(log_std) * torch.randn_like(mean)
+
+
+class CoordinateEngine(Engine):
+    """The spatial-VAE of the paper, with the CTF inside the generative model where there is one.
+
+    Images (b, N, N), or (b, channels, N, N), are kept as they are. Without a CTF the pixels within
+    the mask are modelled; with one the generator fills the mask, its image is multiplied by the
+    CTF in Fourier space, and the pixels within the mask are compared.
+    """
+
+    training_defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
+        epochs=100, batch_size=100, learning_rate=1e-4, schedule="constant"
+    )
+    largest_box_px: ClassVar[int] = 64
+
+    inside: Tensor
+    coordinates_px: Tensor
+
+    def __init__(self, box_px: int, z_dim: int, config: CoordinateConfig) -> None:
+        super().__init__()
+        self.box_px = box_px
+        self.z_dim = z_dim
+        self.config = config
+        self.kl_weight = 1.0
+        self.z_active = True
+        grid = geometry.pixel_grid(box_px).reshape(-1, 2)
+        inside = torch.nonzero(grid.norm(dim=-1) <= config.mask_radius_px)[:, 0]
+        self.register_buffer("inside", inside, persistent=False)
+        self.register_buffer("coordinates_px", grid[inside], persistent=False)
+        self.pixels = PixelLikelihood(config.pixels, config.channels, config.softplus)
+        n_latents = z_dim + 3
+        self.encoder = mlp(
+            len(inside) * config.channels,
+            config.encoder_hidden,
+            2 * n_latents,
+            config.layers,
+            config.activation,
+        )
+        self.generator = self.build_generator()
+
+    def build_generator(self) -> nn.Module:
+        """The network behind ``generate``."""
+        return CoordinateGenerator(self.z_dim, self.pixels.outputs, self.config)
+
+    def generate(
+        self, z: Float[Tensor, "b d"], psi_rad: Float[Tensor, "b"], origin_px: Float[Tensor, "b 2"]
+    ) -> Float[Tensor, "b p out"]:
+        """Generator's output at the pixels within the mask, in a pose."""
+        points = self.coordinates_px.expand(len(z), -1, -1)
+        posed = geometry.particle_to_reference(points, psi_rad, origin_px)
+        output: Tensor = self.generator(posed / (self.box_px / 2), z)
+        return output
+
+    def represent(self, images: Float[Tensor, "b *c n n"]) -> Float[Tensor, "b c n n"]:
+        """Images with a channel axis."""
+        return images.reshape(len(images), self.config.channels, self.box_px, self.box_px)
+
+    def start(self, batches: Iterator[Batch], n_particles: int) -> None:
+        """Starts the learned standard deviation at the data's; checks Bernoulli data."""
+        count, total, squares = 0, 0.0, 0.0
+        for batch in batches:
+            data = self._inside(batch.image)
+            if self.config.pixels == "bernoulli" and (data.min() < 0 or data.max() > 1):
+                raise InputError(
+                    "--pixels",
+                    found="bernoulli, for images with values outside 0 to 1",
+                    expected="images between 0 and 1",
+                    remedy="use --pixels gaussian for cryo-EM images.",
+                )
+            count += data.numel()
+            total += float(data.sum(dtype=torch.float64))
+            squares += float((data.double() ** 2).sum())
+        if self.config.pixels == "gaussian":
+            variance = squares / count - (total / count) ** 2
+            with torch.no_grad():
+                self.pixels.log_std.fill_(0.5 * math.log(max(variance, 1e-12)))
+
+    def begin_epoch(self, epoch: int, n_epochs: int) -> None:
+        """z is held at 0 for the first epochs."""
+        self.z_active = epoch >= self.config.z_delay
+
+    def _inside(self, images: Float[Tensor, "b c n n"]) -> Float[Tensor, "b p c"]:
+        return images.flatten(2)[:, :, self.inside].mT
+
+    def _image(self, pixels: Float[Tensor, "b p c"]) -> Float[Tensor, "b c n n"]:
+        images = pixels.new_zeros(len(pixels), pixels.shape[-1], self.box_px**2)
+        images[:, :, self.inside] = pixels.mT
+        return images.reshape(len(pixels), -1, self.box_px, self.box_px)
+
+    def _filter(self, images: Float[Tensor, "b c n n"], ctf: Float[Tensor, "b n half"]) -> Tensor:
+        box = (self.box_px, self.box_px)
+        filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(images) * ctf[:, None], s=box)
+        return filtered
+
+    def encode(self, images: Float[Tensor, "b c n n"], ctf: CtfTable | None) -> Latents:
+        """What the inference network says of images; their phases are flipped where the CTF is negative."""
+        if ctf is not None:
+            images = self._filter(images, torch.sign(ctf_2d(ctf, self.box_px)))
+        means, log_stds = self.encoder(self._inside(images).flatten(1)).chunk(2, -1)
+        scale = self.config.shift_std_px
+        return Latents(
+            means[:, 3:],
+            log_stds[:, 3:],
+            means[:, :1],
+            log_stds[:, :1],
+            means[:, 1:3] * scale,
+            log_stds[:, 1:3] + math.log(scale),
+        )
+
+    def _expected(
+        self, z: Tensor, psi_rad: Tensor, origin_px: Tensor, ctf: CtfTable | None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean (b, p, c) and log standard deviation of the pixels within the mask."""
+        mean, log_std = self.pixels.split(self.generate(z, psi_rad, origin_px))
+        if ctf is not None:
+            mean = self._inside(self._filter(self._image(mean), ctf_2d(ctf, self.box_px)))
+        return mean, log_std
+
+    def _log_likelihood(self, batch: Batch, z: Tensor, psi_rad: Tensor, origin_px: Tensor) -> Tensor:
+        mean, log_std = self._expected(z, psi_rad, origin_px, batch.ctf)
+        return self.pixels.log_prob(mean, log_std, self._inside(batch.image)).sum((1, 2))
+
+    def _kl_pose(self, latents: Latents, psi_mean: Tensor) -> Tensor:
+        config = self.config
+        kl = latents.psi.new_zeros(len(latents.psi))
+        if config.rotate:
+            prior_std = geometry.radians(config.rotation_std_deg)
+            if config.rotation_prior == "normal":
+                kl = kl + kl_normal(psi_mean, latents.psi_log_std, prior_std)
+            else:
+                kl = kl + kl_normal_free_mean(latents.psi_log_std, prior_std)
+        if config.translate:
+            kl = kl + kl_normal(latents.origin, latents.origin_log_std, config.shift_std_px)
+        return kl
+
+    def elbo(self, batch: Batch) -> ElboTerms:
+        """The paper's bound, one posterior sample a particle."""
+        n = len(batch)
+        turn = torch.zeros(n, 1, device=batch.image.device)
+        seen = batch.image
+        if self.training and self.config.augment_rotation and self.config.rotate:
+            turn = 2.0 * math.pi * torch.rand_like(turn)
+            every = turn.repeat_interleave(seen.shape[1], 0)[:, 0]
+            flat = seen.flatten(0, 1)
+            seen = geometry.pose_references(flat, every, flat.new_zeros(len(flat), 2)).reshape(seen.shape)
+        latents = self.encode(seen, batch.ctf)
+        # I'(p) = I(R(turn) p), so what is seen has psi' = psi + turn and o' = R(-turn) o.
+        psi = _sample(latents.psi - turn, latents.psi_log_std)
+        origin = _sample(latents.origin, latents.origin_log_std)
+        origin = (geometry.rotation_matrix(turn[:, 0]) @ origin[..., None])[..., 0]
+        z = _sample(latents.z, latents.z_log_std)
+        kl_z = kl_normal(latents.z, latents.z_log_std, 1.0)
+        if not self.z_active:
+            z, kl_z = torch.zeros_like(z), torch.zeros_like(kl_z)
+        if not self.config.rotate:
+            psi = torch.zeros_like(psi)
+        if not self.config.translate:
+            origin = torch.zeros_like(origin)
+        log_likelihood = self._log_likelihood(batch, z, psi[:, 0], origin)
+        return ElboTerms(log_likelihood, kl_z, self._kl_pose(latents, latents.psi - turn))
+
+    def infer(self, batch: Batch) -> Posterior:
+        """The encoder's means and spreads; log_likelihood is the bound taken at the means.
+
+        figure_of_merit is the correlation of the image with its reconstruction, negative ones 0.
+        """
+        latents = self.encode(batch.image, batch.ctf)
+        psi, psi_std = latents.psi[:, 0], torch.exp(latents.psi_log_std[:, 0])
+        origin, origin_std = latents.origin, torch.exp(latents.origin_log_std).mean(1)
+        if not self.config.rotate:
+            psi, psi_std = torch.zeros_like(psi), torch.zeros_like(psi_std)
+        if not self.config.translate:
+            origin, origin_std = torch.zeros_like(origin), torch.zeros_like(origin_std)
+        mean, log_std = self._expected(latents.z, psi, origin, batch.ctf)
+        data = self._inside(batch.image)
+        bound = (
+            self.pixels.log_prob(mean, log_std, data).sum((1, 2))
+            - kl_normal(latents.z, latents.z_log_std, 1.0)
+            - self._kl_pose(latents, latents.psi)
+        )
+        expected = self.pixels.expectation(mean).flatten(1)
+        a = expected - expected.mean(1, keepdim=True)
+        b = data.flatten(1) - data.flatten(1).mean(1, keepdim=True)
+        correlation = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp_min(1e-12)
+        return Posterior(
+            z_mean=latents.z,
+            z_std=torch.exp(latents.z_log_std),
+            psi_rad=geometry.wrap_radians(psi),
+            psi_std_rad=psi_std,
+            origin_px=origin,
+            origin_std_px=origin_std,
+            figure_of_merit=correlation.clamp_min(0.0),
+            log_likelihood=bound,
+            second_mode=torch.zeros_like(psi),
+        )
+
+    def decode(self, z: Float[Tensor, "k d"]) -> Float[Tensor, "k *c n n"]:
+        """Expected images at pose zero, without CTF; 0 outside the mask; (k, 3, N, N) for RGB."""
+        zero = z.new_zeros(len(z), 2)
+        mean, _ = self.pixels.split(self.generate(z, zero[:, 0], zero))
+        images = self._image(self.pixels.expectation(mean))
+        return images[:, 0] if self.config.channels == 1 else images

@@ -1,0 +1,211 @@
+"""Images to polar Fourier samples and angular coefficients, and back.
+
+Y(r, phi) is the Fourier transform of a box of N pixels (centre N//2, divided by N) at radius
+r = 0 … N/2 - 1 Fourier pixels and angle phi (from +x towards +y, y down). A real image has
+Y(r, phi + pi) = conj Y(r, phi), so its real part E has period pi, its imaginary part O changes sign
+after pi, and the real function G = E + O holds all of Y: E, O = (G(phi) ± G(phi + pi)) / 2. That keeps
+the arithmetic real: one ``rfft`` over phi gives the angular coefficients g_m(r), m >= 0.
+
+Coefficients are kept for m up to the band limit 2 pi r R/N of an image inside a disc of radius R,
+packed as pairs (ring, order) in planes of real and imaginary parts (b, 2, P), and scaled so that the sum of their squares is the image's own sum of
+squares (Parseval); a Gaussian likelihood of pixels is then one of coefficients. Laws, with the
+pose convention of ``geometry`` (particle I(p) = Ref(R(psi) (p + o))):
+
+* rotation:  g_m(r) of the particle = exp(i m psi) g_m(r) of the reference;
+* origin:    centring the particle shifts its content by +o, which multiplies Y by
+  exp(-i alpha), alpha = 2 pi k·o/N: G <- G(phi) cos alpha - G(phi + pi) sin alpha.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+KERNEL_WIDTH = 6  # grid cells; with 2x padding good to about 1e-5 of the largest value
+FFT_IMAGES_AT_ONCE = 64
+
+
+def fast_length(at_least: int) -> int:
+    """The smallest even length >= at_least whose half has only the factors 2, 3 and 5."""
+    length = at_least + at_least % 2
+    while True:
+        rest = length // 2
+        for prime in (2, 3, 5):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return length
+        length += 2
+
+
+def soft_disc(box_px: int, radius_px: float, edge_px: float) -> Float[Tensor, "n n"]:
+    """A disc around pixel N//2: 1 up to radius - edge, raised cosine to 0 at the radius."""
+    axis = torch.arange(box_px, dtype=torch.float32) - box_px // 2
+    distance = torch.hypot(axis[:, None], axis[None, :])
+    ramp = ((radius_px - distance) / edge_px).clamp(0.0, 1.0)
+    return 0.5 - 0.5 * torch.cos(math.pi * ramp)
+
+
+def _kaiser_bessel(distance: Tensor, beta: float) -> Tensor:
+    inside = (1.0 - (2.0 * distance / KERNEL_WIDTH) ** 2).clamp(min=0.0)
+    return torch.i0(beta * inside.sqrt()) / KERNEL_WIDTH
+
+
+def _gridding(
+    box_px: int, n_rings: int, n_angles: int
+) -> tuple[Float[Tensor, "s g"], Float[Tensor, "n n"]]:
+    """Sparse interpolation from the 2x padded FFT to polar samples, and the deapodisation.
+
+    Kaiser-Bessel kernel and its width parameter: Beatty et al. 2005, IEEE TMI 24, 799.
+    """
+    grid = 2 * box_px
+    beta = math.pi * math.sqrt((KERNEL_WIDTH / 2.0) ** 2 * 1.5**2 - 0.8)
+    phi = 2.0 * math.pi / n_angles * torch.arange(n_angles // 2, dtype=torch.float64)
+    radius = 2.0 * torch.arange(n_rings, dtype=torch.float64)
+    kx, ky = (radius[:, None] * torch.cos(phi)).reshape(-1), (radius[:, None] * torch.sin(phi)).reshape(-1)
+    offset = torch.arange(KERNEL_WIDTH, dtype=torch.float64) - KERNEL_WIDTH // 2 + 1
+    cell_x, cell_y = kx.floor()[:, None] + offset, ky.floor()[:, None] + offset
+    weight_x, weight_y = (
+        _kaiser_bessel(cell_x - kx[:, None], beta),
+        _kaiser_bessel(cell_y - ky[:, None], beta),
+    )
+    weight = (weight_y[:, :, None] * weight_x[:, None, :]).reshape(-1)
+    cell = (cell_y.long() % grid)[:, :, None] * grid + (cell_x.long() % grid)[:, None, :]
+    sample = torch.arange(len(kx)).repeat_interleave(KERNEL_WIDTH**2)
+    matrix = torch.sparse_coo_tensor(
+        torch.stack([sample, cell.reshape(-1)]),
+        weight.float(),
+        (len(kx), grid * grid),
+        check_invariants=False,
+    )
+    axis = (torch.arange(box_px, dtype=torch.float64) - box_px // 2) / grid
+    root = (beta**2 - (math.pi * KERNEL_WIDTH * axis) ** 2).sqrt()
+    deapodise = root / torch.sinh(root)
+    return matrix.coalesce(), (deapodise[:, None] * deapodise[None, :]).float()
+
+
+def ring_area(n_rings: int) -> Float[Tensor, "r"]:
+    """Quadrature weights of rings 0 … n_rings - 1 in squared Fourier pixels: 2 pi r inside.
+
+    The first three carry the Euler-Maclaurin end correction of functions even in r: integral of r f
+    = sum of r f + f/12 - f''/240 + f''''/6048 at r = 0, the derivatives from f(0), f(1) and f(2).
+    """
+    radius = torch.arange(n_rings, dtype=torch.float64)
+    radius[:3] += torch.tensor([0.0947421, -0.0124339, 0.0010251], dtype=torch.float64)
+    return 2.0 * math.pi * radius
+
+
+class PolarTransform(nn.Module):
+    """Images of box N (even) to packed angular coefficients and back; nothing is learned.
+
+    box_px:        N.
+    radius_px:     R, radius of the soft disc that images are multiplied by.
+    max_shift_px:  largest shift later applied to samples; sets the angular oversampling.
+
+    Attributes: ``n_rings`` (0 … N/2 - 1), ``n_orders`` (orders 0 … n_orders - 1), ``n_angles``,
+    ``n_pairs`` P; buffers ``ring`` and ``order`` (P,) of each pair, ``mask`` (N, N) and
+    ``noise_dof`` (n_rings,): how many independent real numbers white noise has on each ring.
+    """
+
+    ring: Tensor
+    order: Tensor
+    place: Tensor
+    mask: Tensor
+    noise_dof: Tensor
+    _scale: Tensor
+    _interpolate: Tensor
+    _deapodise: Tensor
+
+    def __init__(self, box_px: int, radius_px: float, max_shift_px: float = 0.0) -> None:
+        super().__init__()
+        self.box_px, self.radius_px = box_px, radius_px
+        self.n_rings = box_px // 2
+        rings = torch.arange(self.n_rings, dtype=torch.float64)
+        # A Bessel function J_m(x) is negligible a little after m = x.
+        limit = torch.ceil(2.0 * math.pi * rings * radius_px / box_px).long() + 2
+        limit[0] = 0
+        self.n_orders = int(limit.max()) + 1
+        beyond = math.ceil(2.0 * math.pi * self.n_rings * max_shift_px / box_px)
+        self.n_angles = fast_length(2 * self.n_orders + beyond)
+        order, ring = torch.meshgrid(torch.arange(self.n_orders), torch.arange(self.n_rings), indexing="ij")
+        kept = order <= limit[ring]
+        order, ring = order[kept], ring[kept]
+        self.n_pairs = len(ring)
+        area = ring_area(self.n_rings)
+        scale = torch.sqrt(area[ring] * torch.where(order > 0, 2.0, 1.0))
+        mask = soft_disc(box_px, radius_px, max(2.0, 0.06 * box_px))
+        interpolate, deapodise = _gridding(box_px, self.n_rings, self.n_angles)
+        self.register_buffer("ring", ring, persistent=False)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("place", ring * (self.n_angles // 2 + 1) + order, persistent=False)
+        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("noise_dof", (area * (mask.double() ** 2).mean()).float(), persistent=False)
+        self.register_buffer("_scale", scale.float(), persistent=False)
+        self.register_buffer("_interpolate", interpolate, persistent=False)
+        self.register_buffer("_deapodise", deapodise, persistent=False)
+
+    def dense(self, packed: Float[Tensor, "b 2 p"]) -> Tensor:
+        """Complex (b, n_rings, n_angles//2 + 1) of packed coefficients, zero beyond the band limit."""
+        n_frequencies = self.n_angles // 2 + 1
+        flat = packed.new_zeros(len(packed), self.n_rings * n_frequencies, dtype=torch.complex64)
+        flat[:, self.place] = torch.complex(packed[:, 0], packed[:, 1])
+        return flat.view(len(packed), self.n_rings, n_frequencies)
+
+    def samples(self, packed: Float[Tensor, "b 2 p"]) -> Float[Tensor, "b r a"]:
+        """G(r, phi), the real polar function of each image."""
+        return torch.fft.irfft(self.dense(packed / self._scale), n=self.n_angles, norm="forward")
+
+    def packed(self, samples: Float[Tensor, "b r a"]) -> Float[Tensor, "b 2 p"]:
+        """Angular coefficients of polar samples."""
+        spectrum = torch.fft.rfft(samples, norm="forward").flatten(1)[:, self.place]
+        return torch.stack([spectrum.real, spectrum.imag], 1) * self._scale
+
+    def forward(self, images: Float[Tensor, "b n n"]) -> Float[Tensor, "b 2 p"]:
+        """Packed angular coefficients of images inside the soft disc."""
+        parts = images.split(FFT_IMAGES_AT_ONCE)
+        return torch.cat([self.packed(self._sample(part * self.mask)) for part in parts])
+
+    def _sample(self, images: Float[Tensor, "b n n"]) -> Float[Tensor, "b r a"]:
+        half = self.box_px // 2
+        padded = nn.functional.pad(images * self._deapodise, (half, half, half, half))
+        spectrum = torch.fft.fft2(torch.fft.ifftshift(padded, dim=(-2, -1))) / self.box_px
+        columns = torch.view_as_real(spectrum).permute(1, 2, 0, 3).reshape(4 * self.box_px**2, -1)
+        polar = torch.sparse.mm(self._interpolate, columns)
+        real, imag = (
+            polar.view(self.n_rings, self.n_angles // 2, len(images), 2).permute(2, 0, 1, 3).unbind(-1)
+        )
+        return torch.cat([real + imag, real - imag], -1)
+
+    def image(self, packed: Float[Tensor, "b 2 p"]) -> Float[Tensor, "b n n"]:
+        """Images of packed coefficients inside the soft disc: the inverse on band-limited images."""
+        samples = self.samples(packed)
+        area = ring_area(self.n_rings).to(samples)
+        here, opposite = (samples * (area / self.n_angles)[:, None]).chunk(2, -1)
+        polar = torch.stack([here + opposite, here - opposite], -1)  # both halves of the plane: no 1/2
+        columns = polar.permute(1, 2, 0, 3).reshape(self.n_rings * self.n_angles // 2, -1)
+        grid = 2 * self.box_px
+        spectrum = torch.sparse.mm(self._interpolate.t(), columns).view(grid, grid, len(packed), 2)
+        field = torch.fft.ifft2(
+            torch.view_as_complex(spectrum.permute(2, 0, 1, 3).contiguous()), norm="forward"
+        )
+        half = self.box_px // 2
+        centred = torch.fft.fftshift(field.real, dim=(-2, -1))[:, half:-half, half:-half]
+        return centred * self._deapodise / self.box_px * (self.mask > 0)
+
+    def shift_phase(self, shift_px: Float[Tensor, "*b 2"]) -> Float[Tensor, "*b r a"]:
+        """alpha(r, phi) = 2 pi k·shift/N of shifts (x, y) in pixels."""
+        phi = 2.0 * math.pi / self.n_angles * torch.arange(self.n_angles, device=shift_px.device)
+        radius = 2.0 * math.pi / self.box_px * torch.arange(self.n_rings, device=shift_px.device)
+        along = shift_px[..., 0, None] * torch.cos(phi) + shift_px[..., 1, None] * torch.sin(phi)
+        return radius[:, None] * along[..., None, :]
+
+    def shift(
+        self, samples: Float[Tensor, "b r a"], shift_px: Float[Tensor, "b 2"]
+    ) -> Float[Tensor, "b r a"]:
+        """Samples of images whose content is moved by shifts (x, y) in pixels."""
+        alpha = self.shift_phase(shift_px)
+        opposite = samples.roll(self.n_angles // 2, -1)
+        return samples * torch.cos(alpha) - opposite * torch.sin(alpha)

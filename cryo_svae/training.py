@@ -1,0 +1,157 @@
+"""Training: one loop for every engine.
+
+Everything random in an epoch is drawn after seeding with (seed, epoch), and the learning rate is
+a function of the step alone, so a run resumed from any epoch's checkpoint repeats the rest of an
+uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from tqdm import tqdm
+
+from cryo_svae.checkpoint import Checkpoint
+from cryo_svae.errors import TrainingError
+from cryo_svae.models.engine import Engine
+from cryo_svae.store import TrainingStore
+
+WARM_UP = 0.3  # share of the steps in which a one-cycle learning rate rises
+EPOCH_COLUMNS = ("epoch", "elbo", "log_likelihood", "kl_z", "kl_pose", "held_out_elbo", "seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """What is settled before the first step."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    one_cycle: bool
+    held_out: float
+    patience: int | None
+    seed: int
+
+
+def learning_rate(step: int, n_steps: int, schedule: Schedule) -> float:
+    """Learning rate at a step: constant, or one cycle of cosines (1/25 up to the peak, down to 0)."""
+    if not schedule.one_cycle:
+        return schedule.learning_rate
+    rise = max(1.0, WARM_UP * n_steps)
+    if step < rise:
+        low = schedule.learning_rate / 25.0
+        return low + (schedule.learning_rate - low) * 0.5 * (1.0 - math.cos(math.pi * step / rise))
+    fall = (step - rise) / max(1.0, n_steps - rise)
+    return schedule.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, fall)))
+
+
+def seed_everything(seed: int, epoch: int) -> None:
+    """Seeds torch's global generator for an epoch; epoch -1 is for building and starting a model."""
+    torch.manual_seed(seed * 1_000_003 + epoch + 1)
+
+
+def split_held_out(
+    n_particles: int, held_out: float, seed: int
+) -> tuple[Int[Tensor, "train"], Int[Tensor, "held"]]:
+    """Rows to train on and rows kept out; at least one row is trained on."""
+    order = torch.randperm(n_particles, generator=torch.Generator().manual_seed(seed))
+    n_held = min(round(held_out * n_particles), n_particles - 1)
+    return order[n_held:].sort().values, order[:n_held].sort().values
+
+
+def fit(
+    checkpoint: Checkpoint,
+    store: TrainingStore,
+    schedule: Schedule,
+    device: torch.device,
+    on_epoch: Callable[[Checkpoint], None],
+) -> None:
+    """Trains ``checkpoint.engine`` from where its checkpoint stands; calls ``on_epoch`` after each epoch.
+
+    Raises TrainingError on a loss that is not a number.
+    """
+    engine = checkpoint.engine.to(device)
+    train, held = split_held_out(len(store), schedule.held_out, schedule.seed)
+    if checkpoint.epochs_done == 0:
+        seed_everything(schedule.seed, -1)
+        engine.start((b.to(device) for b in store.batches(train, schedule.batch_size)), len(store))
+        on_epoch(checkpoint)
+    optimizer = torch.optim.Adam(engine.parameters(), lr=schedule.learning_rate)
+    if checkpoint.optimizer is not None:
+        optimizer.load_state_dict(checkpoint.optimizer)
+    steps_an_epoch = math.ceil(len(train) / schedule.batch_size)
+    for epoch in range(checkpoint.epochs_done, schedule.epochs):
+        if _is_stale(checkpoint.history, schedule.patience):
+            break
+        began = time.monotonic()
+        seed_everything(schedule.seed, epoch)
+        engine.begin_epoch(epoch, schedule.epochs)
+        engine.train()
+        order = train[torch.randperm(len(train))]
+        sums = torch.zeros(4, dtype=torch.float64, device=device)
+        batches = tqdm(
+            store.batches(order, schedule.batch_size),
+            total=steps_an_epoch,
+            desc=f"epoch {epoch + 1}/{schedule.epochs}",
+            disable=not sys.stderr.isatty(),
+            leave=False,
+        )
+        for number, batch in enumerate(batches):
+            step = epoch * steps_an_epoch + number
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, schedule.epochs * steps_an_epoch, schedule)
+            with _autocast(device):
+                terms = engine.elbo(batch.to(device))
+            kl = terms.kl_z + terms.kl_pose
+            loss = (engine.kl_weight * kl - terms.log_likelihood).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            parts = torch.stack([terms.elbo, terms.log_likelihood, terms.kl_z, terms.kl_pose])
+            sums += parts.detach().double().sum(1)
+        means = (sums / len(train)).tolist()
+        if not all(math.isfinite(value) for value in means):
+            raise TrainingError(
+                f"epoch {epoch + 1}: the bound is not a number.\n  To mend: the checkpoint of epoch {epoch}"
+                " is kept; train again from the start with a smaller --learning-rate."
+            )
+        held_elbo = _held_out_elbo(engine, store, held, schedule, device)
+        row = (epoch + 1, *means, held_elbo, time.monotonic() - began)
+        checkpoint.history.append(dict(zip(EPOCH_COLUMNS, row, strict=True)))
+        checkpoint.optimizer = optimizer.state_dict()
+        checkpoint.epochs_done = epoch + 1
+        on_epoch(checkpoint)
+
+
+def _autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 where the device has matrix units for it; the CPU stays at float32."""
+    able = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=able)
+
+
+def _held_out_elbo(
+    engine: Engine, store: TrainingStore, held: Tensor, schedule: Schedule, device: torch.device
+) -> float:
+    """Mean bound of the particles kept out, NaN where there is none; the same draws every epoch."""
+    if len(held) == 0:
+        return math.nan
+    seed_everything(schedule.seed, -1)
+    engine.eval()
+    with torch.no_grad():
+        bounds = [engine.elbo(b.to(device)).elbo for b in store.batches(held, schedule.batch_size)]
+    return float(torch.cat(bounds).mean(dtype=torch.float64))
+
+
+def _is_stale(history: list[dict[str, float]], patience: int | None) -> bool:
+    """Whether the held-out bound (else the training bound) has not risen for ``patience`` epochs."""
+    if patience is None or len(history) <= patience:
+        return False
+    bounds = [row["elbo"] if math.isnan(row["held_out_elbo"]) else row["held_out_elbo"] for row in history]
+    return max(bounds[-patience:]) <= max(bounds[:-patience])
