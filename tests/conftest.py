@@ -73,7 +73,7 @@ def image_names(n: int, stack: str = "stack.mrcs") -> list[str]:
 
 @pytest.fixture
 def make_dataset(tmp_path: Path):
-    """Writes particles.star and stack.mrcs of n noise images with a blob; cells and columns can be changed."""
+    """Writes particles.star and stack.mrcs of n noisy blobs; cells and columns can be changed."""
 
     def make(
         n: int = 5,

@@ -46,6 +46,9 @@ class CoordinateConfig:
     rotation_std_deg: float = option(180.0, "standard deviation of the rotation's prior in degrees")
     z_delay: int = option(2, "epochs for which z stays 0 at the start, so that pose is learned first")
     augment_rotation: bool = option(True, "turn the encoder's input by a random angle while training")
+    pose_candidates: int = option(
+        1, "turns of an image among which the encoder's best pose is taken (the paper: 1; 8 is surer)"
+    )
     shift_std_px: float = derived(2.0, "standard deviation of the shift's prior in pixels")
     mask_radius_px: float = derived(math.inf, "radius of the circle of pixels modelled")
     channels: int = derived(1, "channels of the images; cryo-EM has one")
@@ -56,6 +59,7 @@ class CoordinateConfig:
         check(self.encoder_hidden >= 1, "encoder_hidden", self.encoder_hidden, "1 or more")
         check(self.rotation_std_deg > 0, "rotation_std_deg", self.rotation_std_deg, "degrees above 0")
         check(self.z_delay >= 0, "z_delay", self.z_delay, "0 or more")
+        check(self.pose_candidates >= 1, "pose_candidates", self.pose_candidates, "1 or more")
         check(self.shift_std_px > 0, "shift_std_px", self.shift_std_px, "pixels above 0")
         check(self.channels in (1, 3), "channels", self.channels, "1 or 3")
 
@@ -224,34 +228,71 @@ class CoordinateEngine(Engine):
         mean, log_std = self._expected(z, psi_rad, origin_px, batch.ctf)
         return self.pixels.log_prob(mean, log_std, self._inside(batch.image)).sum((1, 2))
 
-    def _kl_pose(self, latents: Latents, psi_mean: Tensor) -> Tensor:
+    def _encode_turned(self, batch: Batch, turn: Float[Tensor, "b"] | None) -> Latents:
+        """The encoder's word on images turned by ``turn`` (rad), the turn taken off its pose.
+
+        I'(p) = I(R(turn) p), so what the encoder sees has psi' = psi + turn and o' = R(-turn) o. A
+        spread that differs in x and y is not turned along.
+        """
+        if turn is None:
+            return self.encode(batch.image, batch.ctf)
+        images = batch.image
+        if batch.ctf is not None:
+            images = self._filter(images, torch.sign(ctf_2d(batch.ctf, self.box_px)))
+        flat = images.flatten(0, 1)
+        every = turn.repeat_interleave(images.shape[1], 0)
+        turned = geometry.pose_references(flat, every, flat.new_zeros(len(flat), 2))
+        latents = self.encode(turned.reshape(images.shape), None)
+        origin = (geometry.rotation_matrix(turn) @ latents.origin[..., None])[..., 0]
+        return latents._replace(psi=latents.psi - turn[:, None], origin=origin)
+
+    def _turn(self, batch: Batch) -> Float[Tensor, "b"] | None:
+        """How to turn the encoder's input, None for not at all.
+
+        A random angle while training; then that of the candidate turns, evenly spaced from there,
+        whose mean pose explains the image best.
+        """
+        config = self.config
+        augment = self.training and config.augment_rotation
+        n_candidates = config.pose_candidates
+        if not config.rotate or not (augment or n_candidates > 1):
+            return None
+        first = batch.image.new_zeros(len(batch))
+        if augment:
+            first = 2.0 * math.pi * torch.rand_like(first)
+        if n_candidates == 1:
+            return first
+        turns = [first + 2.0 * math.pi * k / n_candidates for k in range(n_candidates)]
+        with torch.no_grad():
+            scores = []
+            for turn in turns:
+                latents = self._encode_turned(batch, turn)
+                z = latents.z if self.z_active else torch.zeros_like(latents.z)
+                origin = latents.origin if config.translate else torch.zeros_like(latents.origin)
+                scores.append(self._log_likelihood(batch, z, latents.psi[:, 0], origin))
+            best = torch.stack(scores).argmax(0)
+        return torch.stack(turns).gather(0, best[None])[0]
+
+    def _kl_pose(self, latents: Latents) -> Tensor:
+        """KL of the pose; the choice among c turns is one of c equals, so it costs log c nats."""
         config = self.config
         kl = latents.psi.new_zeros(len(latents.psi))
         if config.rotate:
             prior_std = geometry.radians(config.rotation_std_deg)
             if config.rotation_prior == "normal":
-                kl = kl + kl_normal(psi_mean, latents.psi_log_std, prior_std)
+                kl = kl + kl_normal(latents.psi, latents.psi_log_std, prior_std)
             else:
                 kl = kl + kl_normal_free_mean(latents.psi_log_std, prior_std)
+            kl = kl + math.log(config.pose_candidates)
         if config.translate:
             kl = kl + kl_normal(latents.origin, latents.origin_log_std, config.shift_std_px)
         return kl
 
     def elbo(self, batch: Batch) -> ElboTerms:
         """The paper's bound, one posterior sample a particle."""
-        n = len(batch)
-        turn = torch.zeros(n, 1, device=batch.image.device)
-        seen = batch.image
-        if self.training and self.config.augment_rotation and self.config.rotate:
-            turn = 2.0 * math.pi * torch.rand_like(turn)
-            every = turn.repeat_interleave(seen.shape[1], 0)[:, 0]
-            flat = seen.flatten(0, 1)
-            seen = geometry.pose_references(flat, every, flat.new_zeros(len(flat), 2)).reshape(seen.shape)
-        latents = self.encode(seen, batch.ctf)
-        # I'(p) = I(R(turn) p), so what is seen has psi' = psi + turn and o' = R(-turn) o.
-        psi = _sample(latents.psi - turn, latents.psi_log_std)
+        latents = self._encode_turned(batch, self._turn(batch))
+        psi = _sample(latents.psi, latents.psi_log_std)
         origin = _sample(latents.origin, latents.origin_log_std)
-        origin = (geometry.rotation_matrix(turn[:, 0]) @ origin[..., None])[..., 0]
         z = _sample(latents.z, latents.z_log_std)
         kl_z = kl_normal(latents.z, latents.z_log_std, 1.0)
         if not self.z_active:
@@ -261,14 +302,14 @@ class CoordinateEngine(Engine):
         if not self.config.translate:
             origin = torch.zeros_like(origin)
         log_likelihood = self._log_likelihood(batch, z, psi[:, 0], origin)
-        return ElboTerms(log_likelihood, kl_z, self._kl_pose(latents, latents.psi - turn))
+        return ElboTerms(log_likelihood, kl_z, self._kl_pose(latents))
 
     def infer(self, batch: Batch) -> Posterior:
         """The encoder's means and spreads; log_likelihood is the bound taken at the means.
 
         figure_of_merit is the correlation of the image with its reconstruction, negative ones 0.
         """
-        latents = self.encode(batch.image, batch.ctf)
+        latents = self._encode_turned(batch, self._turn(batch))
         psi, psi_std = latents.psi[:, 0], torch.exp(latents.psi_log_std[:, 0])
         origin, origin_std = latents.origin, torch.exp(latents.origin_log_std).mean(1)
         if not self.config.rotate:
@@ -280,7 +321,7 @@ class CoordinateEngine(Engine):
         bound = (
             self.pixels.log_prob(mean, log_std, data).sum((1, 2))
             - kl_normal(latents.z, latents.z_log_std, 1.0)
-            - self._kl_pose(latents, latents.psi)
+            - self._kl_pose(latents)
         )
         expected = self.pixels.expectation(mean).flatten(1)
         a = expected - expected.mean(1, keepdim=True)

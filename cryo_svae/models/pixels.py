@@ -35,7 +35,7 @@ class PixelLikelihood(nn.Module):
 
     def split(
         self, output: Float[Tensor, "*p outputs"]
-    ) -> tuple[Float[Tensor, "*p channels"], Float[Tensor, "*#p channels"]]:
+    ) -> tuple[Float[Tensor, "*p channels"], Float[Tensor, "*#p #channels"]]:
         """Mean (or logit) and log standard deviation of each pixel."""
         mean = output[..., : self.channels]
         if self.softplus and self.kind != "bernoulli":

@@ -1,0 +1,198 @@
+"""The paper's engine: its divergences, its invariances, its bound, its options."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cryo_svae import geometry
+from cryo_svae.ctf import ctf_2d
+from cryo_svae.errors import InputError
+from cryo_svae.models.coordinate import CoordinateConfig, CoordinateEngine, Latents
+from cryo_svae.models.divergences import kl_normal, kl_normal_free_mean
+from cryo_svae.models.engine import Batch
+from cryo_svae.models.vanilla import VanillaEngine
+from tests.test_ctf import table
+
+BOX = 16
+SMALL = CoordinateConfig(hidden=12, encoder_hidden=10, mask_radius_px=7.0)
+
+
+def batch(n: int = 3, channels: int = 1, ctf=None, box: int = BOX) -> Batch:
+    return Batch(torch.arange(n), torch.rand(n, channels, box, box), ctf)
+
+
+def engine(config: CoordinateConfig = SMALL, z_dim: int = 2, seed: int = 3) -> CoordinateEngine:
+    torch.manual_seed(seed)
+    return CoordinateEngine(BOX, z_dim, config)
+
+
+finite = st.floats(-3.0, 3.0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(finite, st.floats(-2.0, 1.0), st.floats(0.2, 4.0))
+def test_divergences_equal_torchs_and_are_not_negative(mean, log_std, prior_std):
+    q = torch.distributions.Normal(torch.tensor(mean), torch.tensor(log_std).exp())
+    p = torch.distributions.Normal(0.0, torch.tensor(prior_std))
+    ours = kl_normal(torch.tensor([[mean]]), torch.tensor([[log_std]]), prior_std)
+    torch.testing.assert_close(ours[0], torch.distributions.kl_divergence(q, p), atol=1e-4, rtol=1e-4)
+    assert float(ours) >= -1e-5
+
+
+def test_the_free_mean_divergence_is_the_papers():
+    log_std, s = math.log(0.3), math.pi
+    paper = -log_std + math.log(s) + 0.3**2 / (2 * s**2) - 0.5
+    assert float(kl_normal_free_mean(torch.tensor([[log_std]]), s)) == pytest.approx(paper, abs=1e-6)
+
+
+@pytest.mark.parametrize("pixels", ["gaussian-unit", "gaussian", "gaussian-per-pixel", "bernoulli"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_kind_of_pixel_gives_a_finite_bound_with_gradients(pixels, channels):
+    model = engine(dataclasses.replace(SMALL, pixels=pixels, channels=channels))
+    terms = model.elbo(batch(channels=channels))
+    assert terms.elbo.shape == (3,)
+    assert (terms.kl_z >= 0).all()
+    (-terms.elbo.mean()).backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(g is not None and torch.isfinite(g).all() for g in gradients)
+    assert model.decode(torch.zeros(2, 2)).shape == ((2, BOX, BOX) if channels == 1 else (2, 3, BOX, BOX))
+
+
+def test_gaussian_pixels_in_nats_are_scipys():
+    model = engine()
+    with torch.no_grad():
+        model.pixels.log_std.fill_(0.4)
+    expected = torch.distributions.Normal(0.2, math.exp(0.4)).log_prob(torch.tensor(1.5))
+    mean, log_std = model.pixels.split(torch.tensor([[0.2]]))
+    torch.testing.assert_close(model.pixels.log_prob(mean, log_std, torch.tensor([[1.5]]))[0, 0], expected)
+
+
+def test_the_softplus_mean_is_never_negative():
+    model = engine(dataclasses.replace(SMALL, softplus=True))
+    inside = geometry.pixel_grid(BOX).norm(dim=-1) <= 7.0
+    images = model.decode(3.0 * torch.randn(4, 2))
+    assert (images[:, inside] > 0).all()
+    assert not images[:, ~inside].any()
+
+
+def test_bernoulli_data_outside_zero_to_one_are_refused():
+    model = engine(dataclasses.replace(SMALL, pixels="bernoulli"))
+    wrong = Batch(torch.arange(2), 3.0 * torch.randn(2, 1, BOX, BOX), None)
+    with pytest.raises(InputError, match="--pixels"):
+        model.start(iter([wrong]), 2)
+
+
+def test_the_learned_spread_starts_at_the_datas():
+    model = engine()
+    model.start(iter([Batch(torch.arange(64), 2.5 * torch.randn(64, 1, BOX, BOX), None)]), 64)
+    assert float(model.pixels.log_std.detach().exp()) == pytest.approx(2.5, rel=0.05)
+
+
+def test_a_posed_generator_is_the_reference_in_the_particles_pose():
+    """Decoding at q = R(theta)(p + o) is what geometry calls the particle of that pose."""
+    torch.manual_seed(1)
+    model = CoordinateEngine(32, 1, dataclasses.replace(SMALL, mask_radius_px=math.inf))
+    z, psi, origin = torch.randn(1, 1), torch.tensor([0.8]), torch.tensor([[1.5, -2.0]])
+    with torch.no_grad():
+        posed = model._image(model.generate(z, psi, origin))[:, 0]
+        expected = geometry.pose_references(model.decode(z), psi, origin)
+    inside = geometry.pixel_grid(32).norm(dim=-1) < 11
+    torch.testing.assert_close(posed[:, inside], expected[:, inside], atol=2e-3, rtol=0)
+
+
+def test_the_encoders_turned_input_is_undone_before_decoding(monkeypatch):
+    """With a perfect encoder, the bound does not depend on the random turn of its input."""
+    torch.manual_seed(1)
+    model = CoordinateEngine(BOX, 1, dataclasses.replace(SMALL, mask_radius_px=math.inf))
+    truth_psi, truth_origin = torch.tensor([0.4]), torch.tensor([[1.0, -0.5]])
+    seen = []
+
+    def perfect(images, ctf):
+        turn = turns[-1]
+        origin = (geometry.rotation_matrix(-turn) @ truth_origin[..., None])[..., 0]
+        seen.append(images)
+        tiny = torch.full((1, 1), -20.0)
+        psi = truth_psi[:, None] + turn[:, None]
+        return Latents(torch.zeros(1, 1), tiny, psi, tiny, origin, tiny.expand(1, 2))
+
+    turns: list[torch.Tensor] = []
+    real_rand_like = torch.rand_like
+    monkeypatch.setattr(
+        torch, "rand_like", lambda t: turns.append(2 * math.pi * (r := real_rand_like(t))) or r
+    )
+    monkeypatch.setattr(model, "encode", perfect)
+    with torch.no_grad():
+        image = model._image(model.generate(torch.zeros(1, 1), truth_psi, truth_origin))
+        bounds = [float(model.elbo(Batch(torch.arange(1), image, None)).log_likelihood) for _ in range(4)]
+    assert np.ptp(bounds) < 1e-2
+    assert len(turns) == 4
+    # …and what the encoder was shown is the image turned by that angle.
+    turned = geometry.pose_references(image[:, 0], turns[0], torch.zeros(1, 2))
+    torch.testing.assert_close(seen[0][:, 0], turned)
+
+
+def test_z_waits_for_its_epochs():
+    model = engine(dataclasses.replace(SMALL, z_delay=2))
+    for epoch, active in ((0, False), (1, False), (2, True)):
+        model.begin_epoch(epoch, 10)
+        assert bool((model.elbo(batch()).kl_z > 0).all()) == active
+
+
+def test_fixed_poses_are_zero_and_cost_nothing():
+    model = engine(dataclasses.replace(SMALL, rotate=False, translate=False))
+    assert not model.elbo(batch()).kl_pose.any()
+    posterior = model.eval().infer(batch())
+    assert not posterior.psi_rad.any()
+    assert not posterior.origin_px.any()
+
+
+def test_the_vanilla_vae_ignores_poses():
+    torch.manual_seed(0)
+    model = VanillaEngine(BOX, 2, SMALL)
+    assert torch.isfinite(model.elbo(batch()).elbo).all()
+    assert not model.infer(batch()).origin_px.any()
+    assert model.decode(torch.zeros(3, 2)).shape == (3, BOX, BOX)
+
+
+def test_with_a_ctf_the_expected_image_is_the_decoded_one_filtered():
+    model = engine(dataclasses.replace(SMALL, mask_radius_px=math.inf))
+    ctf = table(1)
+    z, zero = torch.randn(1, 2), torch.zeros(1, 2)
+    with torch.no_grad():
+        mean, _ = model._expected(z, zero[:, 0], zero, ctf)
+        expected = torch.fft.irfft2(torch.fft.rfft2(model.decode(z)) * ctf_2d(ctf, BOX), s=(BOX, BOX))
+    torch.testing.assert_close(model._image(mean)[:, 0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_results_do_not_depend_on_the_rest_of_the_batch():
+    model = engine().eval()
+    whole = batch(4)
+    order = torch.tensor([2, 0, 3, 1])
+    a, b = model.infer(whole), model.infer(Batch(order, whole.image[order], None))
+    torch.testing.assert_close(a.z_mean[order], b.z_mean)
+    torch.testing.assert_close(a.log_likelihood[order], b.log_likelihood)
+
+
+def test_the_bound_is_below_the_evidence_by_importance_sampling():
+    """log p(y) >= bound, with log p(y) from many samples of the prior."""
+    torch.manual_seed(5)
+    config = dataclasses.replace(
+        SMALL, pixels="gaussian-unit", augment_rotation=False, rotation_prior="normal"
+    )
+    model = CoordinateEngine(BOX, 1, config)
+    data = batch(1)
+    n = 4000
+    with torch.no_grad():
+        z, psi = torch.randn(n, 1), math.pi * torch.randn(n)
+        origin = config.shift_std_px * torch.randn(n, 2)
+        many = Batch(torch.arange(n), data.image.expand(n, -1, -1, -1), None)
+        evidence = torch.logsumexp(model._log_likelihood(many, z, psi, origin), 0) - math.log(n)
+        bound = torch.stack([model.elbo(data).elbo for _ in range(200)]).mean()
+    assert float(bound) < float(evidence) + 0.05
