@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import pickle
 from dataclasses import dataclass
@@ -74,8 +75,10 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "epochs_done": checkpoint.epochs_done,
         "history": checkpoint.history,
     }
+    buffer = io.BytesIO()  # torch's own file writer turns a full disk into a RuntimeError
+    torch.save(content, buffer)
     with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -60,9 +60,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_particles(parser: argparse.ArgumentParser, optional: bool) -> None:
-    settings: dict[str, Any] = {"nargs": "?", "default": argparse.SUPPRESS} if optional else {}
     parser.add_argument(
-        "particles", type=Path, metavar="PARTICLES.star", help="RELION particle file (3.0 to 5)", **settings
+        "particles",
+        type=Path,
+        nargs="?" if optional else None,
+        metavar="PARTICLES.star",
+        help="RELION particle file (3.0 to 5)",
     )
 
 
@@ -81,6 +84,8 @@ def _run_job(arguments: dict[str, Any], stage_name: str) -> None:
     out, source = arguments.pop("out"), "the command line"
     overwrite, resume = arguments.pop("overwrite"), arguments.pop("resume")
     config_path = arguments.pop("config")
+    if arguments["particles"] is None:  # it may be in --config, or in the job to resume
+        del arguments["particles"]
     if config_path is not None:
         source = str(config_path)
         arguments = {**config.read_yaml(config_path), **arguments}

@@ -120,7 +120,8 @@ def plan_training(settings: Mapping[str, Any], particles: ParticleSet, source: s
         shift_std_px=resolved["shift_std"] / pixel_size_angst,
         mask_radius_px=preparation.mask_radius_px,
     )
-    return Plan({**settings, **resolved}, engine_config, preparation)
+    others = {name: value for name, value in settings.items() if name not in resolved}
+    return Plan({**others, **resolved}, engine_config, preparation)
 
 
 def train(job: Job, particles: ParticleSet, plan: Plan) -> Checkpoint:

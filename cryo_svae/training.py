@@ -123,7 +123,7 @@ def fit(
                 " is kept; train again from the start with a smaller --learning-rate."
             )
         held_elbo = _held_out_elbo(engine, store, held, schedule, device)
-        row = (epoch + 1, *means, held_elbo, time.monotonic() - began)
+        row = (float(epoch + 1), *means, held_elbo, time.monotonic() - began)
         checkpoint.history.append(dict(zip(EPOCH_COLUMNS, row, strict=True)))
         checkpoint.optimizer = optimizer.state_dict()
         checkpoint.epochs_done = epoch + 1
