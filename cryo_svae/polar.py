@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor, nn
 
 KERNEL_WIDTH = 6  # grid cells; with 2x padding good to about 1e-5 of the largest value
@@ -115,7 +115,9 @@ class PolarTransform(nn.Module):
     place: Tensor
     mask: Tensor
     noise_dof: Tensor
-    _scale: Tensor
+    _halved: Tensor
+    _doubled: Tensor
+    _root_area: Tensor
     _interpolate: Tensor
     _deapodise: Tensor
 
@@ -135,7 +137,7 @@ class PolarTransform(nn.Module):
         order, ring = order[kept], ring[kept]
         self.n_pairs = len(ring)
         area = ring_area(self.n_rings)
-        scale = torch.sqrt(area[ring] * torch.where(order > 0, 2.0, 1.0))
+        both_signs = torch.where(torch.arange(self.n_angles // 2 + 1) > 0, math.sqrt(2.0), 1.0)
         mask = soft_disc(box_px, radius_px, max(2.0, 0.06 * box_px))
         interpolate, deapodise = _gridding(box_px, self.n_rings, self.n_angles)
         self.register_buffer("ring", ring, persistent=False)
@@ -143,30 +145,35 @@ class PolarTransform(nn.Module):
         self.register_buffer("place", ring * (self.n_angles // 2 + 1) + order, persistent=False)
         self.register_buffer("mask", mask, persistent=False)
         self.register_buffer("noise_dof", (area * (mask.double() ** 2).mean()).float(), persistent=False)
-        self.register_buffer("_scale", scale.float(), persistent=False)
+        self.register_buffer("_halved", 1.0 / both_signs[order], persistent=False)
+        self.register_buffer("_doubled", both_signs, persistent=False)
+        self.register_buffer("_root_area", area.sqrt().float(), persistent=False)
         self.register_buffer("_interpolate", interpolate, persistent=False)
         self.register_buffer("_deapodise", deapodise, persistent=False)
 
-    def dense(self, packed: Float[Tensor, "b 2 p"]) -> Tensor:
-        """Complex (b, n_rings, n_angles//2 + 1) of packed coefficients, zero beyond the band limit."""
+    def dense(self, packed: Float[Tensor, "b 2 p"]) -> Complex[Tensor, "b r f"]:
+        """Packed coefficients as (b, n_rings, n_angles//2 + 1), zero beyond the band limit."""
         n_frequencies = self.n_angles // 2 + 1
         flat = packed.new_zeros(len(packed), self.n_rings * n_frequencies, dtype=torch.complex64)
         flat[:, self.place] = torch.complex(packed[:, 0], packed[:, 1])
         return flat.view(len(packed), self.n_rings, n_frequencies)
 
-    def samples(self, packed: Float[Tensor, "b 2 p"]) -> Float[Tensor, "b r a"]:
-        """G(r, phi), the real polar function of each image."""
-        return torch.fft.irfft(self.dense(packed / self._scale), n=self.n_angles, norm="forward")
+    def pack(self, dense: Complex[Tensor, "b r f"]) -> Float[Tensor, "b 2 p"]:
+        """The inverse of ``dense``; drops what is beyond the band limit."""
+        return torch.view_as_real(dense.flatten(1)[:, self.place]).movedim(-1, 1)
 
-    def packed(self, samples: Float[Tensor, "b r a"]) -> Float[Tensor, "b 2 p"]:
-        """Angular coefficients of polar samples."""
-        spectrum = torch.fft.rfft(samples, norm="forward").flatten(1)[:, self.place]
-        return torch.stack([spectrum.real, spectrum.imag], 1) * self._scale
+    def samples(self, packed: Float[Tensor, "b 2 p"]) -> Float[Tensor, "b r a"]:
+        """G(r, phi), the real polar function of each image, rings scaled as the coefficients are."""
+        return torch.fft.irfft(self.dense(packed * self._halved), n=self.n_angles, norm="forward")
+
+    def spectra(self, samples: Float[Tensor, "*b r a"]) -> Complex[Tensor, "*b r f"]:
+        """Dense coefficients of polar samples; beyond the band limit not zero."""
+        return torch.fft.rfft(samples, norm="forward") * self._doubled
 
     def forward(self, images: Float[Tensor, "b n n"]) -> Float[Tensor, "b 2 p"]:
         """Packed angular coefficients of images inside the soft disc."""
         parts = images.split(FFT_IMAGES_AT_ONCE)
-        return torch.cat([self.packed(self._sample(part * self.mask)) for part in parts])
+        return torch.cat([self.pack(self.spectra(self._sample(part * self.mask))) for part in parts])
 
     def _sample(self, images: Float[Tensor, "b n n"]) -> Float[Tensor, "b r a"]:
         half = self.box_px // 2
@@ -177,13 +184,12 @@ class PolarTransform(nn.Module):
         real, imag = (
             polar.view(self.n_rings, self.n_angles // 2, len(images), 2).permute(2, 0, 1, 3).unbind(-1)
         )
-        return torch.cat([real + imag, real - imag], -1)
+        return torch.cat([real + imag, real - imag], -1) * self._root_area[:, None]
 
     def image(self, packed: Float[Tensor, "b 2 p"]) -> Float[Tensor, "b n n"]:
         """Images of packed coefficients inside the soft disc: the inverse on band-limited images."""
         samples = self.samples(packed)
-        area = ring_area(self.n_rings).to(samples)
-        here, opposite = (samples * (area / self.n_angles)[:, None]).chunk(2, -1)
+        here, opposite = (samples * (self._root_area / self.n_angles)[:, None]).chunk(2, -1)
         polar = torch.stack([here + opposite, here - opposite], -1)  # both halves of the plane: no 1/2
         columns = polar.permute(1, 2, 0, 3).reshape(self.n_rings * self.n_angles // 2, -1)
         grid = 2 * self.box_px

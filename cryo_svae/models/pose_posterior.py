@@ -16,22 +16,10 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor
 
 from cryo_svae.polar import PolarTransform
-
-
-@dataclass(frozen=True)
-class Observed:
-    """Filtered data of b particles, centred by each of t trial origins.
-
-    spectra: complex angular coefficients (b, t, pairs) of CTF Y / sigma².
-    power:   CTF² / sigma² of each pair's ring (b, pairs), its mean over angles.
-    """
-
-    spectra: Tensor
-    power: Float[Tensor, "b p"]
 
 
 @dataclass(frozen=True)
@@ -51,30 +39,31 @@ class PosePosterior:
 
 
 def pose_scores(
-    polar: PolarTransform, spectra: Tensor, generated: Float[Tensor, "b 2 p"], power: Float[Tensor, "b p"]
+    spectra: Complex[Tensor, "b t r f"], content: Complex[Tensor, "b r f"], energy: Float[Tensor, "b"], n_psi: int
 ) -> Float[Tensor, "b t n"]:
-    """l(psi, o) in nats for t trial origins and every psi of the polar grid."""
-    content = torch.complex(generated[:, 0], generated[:, 1])
-    by_order = polar.sum_rings(spectra.conj() * content[:, None])
+    """l(psi, o) in nats for t trial origins and n_psi rotations.
+
+    spectra: dense angular coefficients of the filtered data, centred by each trial origin.
+    content: dense generated coefficients; energy: their sum CTF² |c|² / sigma².
+    """
+    by_order = torch.stack([(spectra[:, t].conj() * content).sum(1) for t in range(spectra.shape[1])], 1)
     by_order[..., 1:] *= 0.5
-    cross = torch.fft.irfft(by_order, n=polar.n_angles, norm="forward")
-    energy = (power * generated.square().sum(1)).sum(-1)
-    return cross - 0.5 * energy[:, None, None]
+    return torch.fft.irfft(by_order, n=n_psi, norm="forward") - 0.5 * energy[:, None, None]
 
 
 def pose_posterior(
     polar: PolarTransform,
-    spectra: Tensor,
-    generated: Float[Tensor, "b 2 p"],
-    power: Float[Tensor, "b p"],
+    spectra: Complex[Tensor, "b t r f"],
+    scores: Float[Tensor, "b t n"],
     log_prior: Float[Tensor, "b t"],
 ) -> PosePosterior:
     """The posterior under log prior masses of the trial origins and uniform psi."""
-    scores = pose_scores(polar, spectra, generated, power)
-    joint = (scores + (log_prior - math.log(polar.n_angles))[..., None]).flatten(1)
+    joint = (scores + (log_prior - math.log(scores.shape[-1]))[..., None]).flatten(1)
     log_evidence = torch.logsumexp(joint, 1)
     probability = torch.exp(joint - log_evidence[:, None]).view(scores.shape)
     kl = (probability * scores).sum((1, 2)) - log_evidence
-    turn = torch.fft.rfft(probability)[..., : polar.n_orders]
-    aligned = (spectra * turn[..., polar.order]).sum(1)
-    return PosePosterior(log_evidence, probability, kl, torch.stack([aligned.real, aligned.imag], 1))
+    turn = torch.fft.rfft(probability)[..., : spectra.shape[-1]]
+    aligned = spectra[:, 0] * turn[:, 0, None]
+    for t in range(1, spectra.shape[1]):
+        aligned = aligned + spectra[:, t] * turn[:, t, None]
+    return PosePosterior(log_evidence, probability, kl, polar.pack(aligned))

@@ -1,0 +1,22 @@
+"""Arrays with attributes in HDF5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from cryo_svae.formats.atomic import atomic_path
+
+
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], attributes: Mapping[str, str]) -> None:
+    """Data sets and file attributes, whole or not at all; no time stamps, so equal input is equal bytes."""
+    with atomic_path(path) as temporary, h5py.File(temporary, "w", track_order=True) as file:
+        for name, values in arrays.items():
+            file.create_dataset(name, data=np.ascontiguousarray(values), track_times=False)
+        for name, text in attributes.items():
+            file.attrs[name] = text
