@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import os
+import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -75,8 +77,8 @@ def read_stack_info(path: Path) -> StackInfo:
     Raises InputError where there is no such file, or it is no MRC file, or cut short.
     """
     path = Path(path)
-    with _opened(path) as (file, compressed):
-        return _read_layout(path, file, compressed).info
+    with _opened(path) as (file, n_bytes):
+        return _read_layout(path, file, n_bytes).info
 
 
 def read_images(path: Path, indices: NDArray[np.intp]) -> NDArray[np.float32]:
@@ -86,10 +88,10 @@ def read_images(path: Path, indices: NDArray[np.intp]) -> NDArray[np.float32]:
     one is kept. Raises InputError as ``read_stack_info``, or where there is no such image.
     """
     path = Path(path)
-    with _opened(path) as (file, compressed):
-        layout = _read_layout(path, file, compressed)
+    with _opened(path) as (file, n_bytes):
+        layout = _read_layout(path, file, n_bytes)
         _check_indices(layout.info, indices)
-        if compressed:
+        if n_bytes is None:
             status = path.stat()
             return _decompressed(path, status.st_mtime_ns, status.st_size)[indices].astype(np.float32)
         height, width = layout.info.height_px, layout.info.width_px
@@ -104,22 +106,19 @@ def read_images(path: Path, indices: NDArray[np.intp]) -> NDArray[np.float32]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[BufferedIOBase, bool]]:
-    """The file, decompressed where its first bytes say that it is compressed, and whether it is."""
+def _opened(path: Path) -> Iterator[tuple[BufferedIOBase, int | None]]:
+    """The file and its size; decompressed, and of unknown size, where its first bytes ask for it."""
     try:
-        if path.stat() and not path.is_file():
+        if not stat.S_ISREG(path.stat().st_mode):
             raise OSError("a folder, or no regular file")
-        with path.open("rb") as plain:
-            magic = plain.read(3)
-        if magic[:2] == b"\x1f\x8b":
-            with gzip.open(path) as file:
-                yield file, True
-        elif magic == b"BZh":
-            with bz2.open(path) as file:
-                yield file, True
-        else:
-            with path.open("rb") as file:
-                yield file, False
+        with path.open("rb") as file:
+            magic = file.peek(3)[:3]
+            if magic[:2] == b"\x1f\x8b":
+                yield gzip.GzipFile(fileobj=file), None
+            elif magic == b"BZh":
+                yield bz2.BZ2File(file), None
+            else:
+                yield file, os.fstat(file.fileno()).st_size
     except (EOFError, zlib.error) as error:
         raise InputError(
             path, found=f"broken compression ({error})", expected="a whole file", remedy=_REWRITE
@@ -133,7 +132,7 @@ def _opened(path: Path) -> Iterator[tuple[BufferedIOBase, bool]]:
         ) from error
 
 
-def _read_layout(path: Path, file: BufferedIOBase, compressed: bool) -> _Layout:
+def _read_layout(path: Path, file: BufferedIOBase, n_bytes: int | None) -> _Layout:
     raw = file.read(_HEADER_BYTES)
     if len(raw) < _HEADER_BYTES:
         raise InputError(
@@ -143,8 +142,8 @@ def _read_layout(path: Path, file: BufferedIOBase, compressed: bool) -> _Layout:
             remedy=_REWRITE,
         )
     layout = _parse_header(path, raw)
-    if not compressed:
-        _check_size(layout, path.stat().st_size)
+    if n_bytes is not None:
+        _check_size(layout, n_bytes)
     return layout
 
 
@@ -237,8 +236,8 @@ def _check_indices(info: StackInfo, indices: NDArray[np.intp]) -> None:
 @lru_cache(maxsize=1)
 def _decompressed(path: Path, mtime_ns: int, size: int) -> NDArray[np.generic]:
     """Every image of a compressed stack, of the state of the file that time and size tell."""
-    with _opened(path) as (file, compressed):
-        layout = _read_layout(path, file, compressed)
+    with _opened(path) as (file, n_bytes):
+        layout = _read_layout(path, file, n_bytes)
         file.seek(0)
         content = bytearray()  # grows with what is there, whatever the header claims
         while len(content) <= layout.file_bytes and (chunk := file.read(_CHUNK_BYTES)):

@@ -39,8 +39,11 @@ _TOKEN = re.compile(
     )""",
     re.VERBOSE,
 )
+_HEADING = re.compile(rb"data_(?P<name>[^\x00-\x20]*)([\x00-\x20]+(#.*)?)?")
+_LOOP = re.compile(rb"loop_([\x00-\x20]+(#.*)?)?")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?|inf|infinity|nan)", re.I | re.A)
 _RESERVED = re.compile(r"""[#"'_;$]|(data_|loop_|save_|stop_|global_)""", re.I)
+_UNWRITABLE = re.compile(r"[\n\r\0]")
 _MAY_BE_RESERVED = np.isin(np.arange(256), list(b"\n#\"'_;$dDlLsSgG"))
 _LARGEST_EXACT_INTEGER = 2.0**53
 
@@ -160,7 +163,7 @@ class StarBlock:
         starts, stops = self._spans(column, rows)
         width = int((stops - starts).max())
         buffer = self._text.buffer
-        if width <= 64 and starts.max() + width <= len(buffer):
+        if 0 < width <= 64 and starts.max() + width <= len(buffer):
             # the stretch from this cell to the next holds the cell, then only white space
             cells = np.lib.stride_tricks.sliding_window_view(buffer, width)[starts]
             cells[(cells <= _SPACE) | (np.arange(width) >= (stops - starts)[:, None])] = 0
@@ -379,11 +382,13 @@ class _Reader:
         """The block's name where the line is a ``data_`` heading."""
         if not self.text.data.startswith(b"data_", self.begin[at]):
             return None
-        words = self._words(at)
-        return _decode(words[0][5:]) if len(words) == 1 else None
+        match = _HEADING.fullmatch(self.text.line(at), self.begin[at] - self.text.line_starts[at])
+        return _decode(match["name"]) if match else None
 
     def _is_loop(self, at: int) -> bool:
-        return self.text.data.startswith(b"loop_", self.begin[at]) and self._words(at) == [b"loop_"]
+        if not self.text.data.startswith(b"loop_", self.begin[at]):
+            return False
+        return bool(_LOOP.fullmatch(self.text.line(at), self.begin[at] - self.text.line_starts[at]))
 
     # --- lists ---
 
@@ -505,8 +510,9 @@ class _Reader:
         first = np.searchsorted(cells, begin)
         count = np.searchsorted(cells, stops) - first
         special = cells[np.isin(self.text.buffer[cells], list(b"#\"'"))]
+        owner = np.searchsorted(starts, special, side="right") - 1  # or the row above a comment line
         slow = np.zeros(len(lines), bool)
-        slow[np.searchsorted(starts, special, side="right") - 1] = True
+        slow[owner[special < stops[owner]]] = True
 
         n_labels = len(labels)
         bounds = np.empty((len(lines), n_labels + 1), np.uint32)
@@ -557,10 +563,10 @@ def quote(cell: str) -> str:
 
     Raises OutputError for text that no STAR row can hold (a line break, both kinds of quotes closing).
     """
-    if cell and not _RESERVED.match(cell) and not any(c <= " " or c.isspace() for c in cell):
+    if cell and not _RESERVED.match(cell) and not any(c <= " " for c in cell):
         return cell
     for mark in sorted("\"'", key=cell.count):
-        if "\n" not in cell and "\r" not in cell and not re.search(rf"{mark}[\x00-\x20]", cell):
+        if not _UNWRITABLE.search(cell) and not re.search(rf"{mark}[\x00-\x20]", cell):
             return f"{mark}{cell}{mark}"
     raise OutputError(
         f"{cell!r} cannot be written in a STAR file.\n  To mend: remove its line breaks or quotes."
@@ -653,6 +659,10 @@ def _write_loop(
         begins = np.concatenate([[after_header], ends[:-1]])  # with what stands between two rows
     else:
         order = rows
+        if len(rows) and table.labels[0] not in columns and view[begins[rows[0]]] == ord("_"):
+            # would be taken for a label now that it follows the labels
+            first = table.text(table.labels[0])
+            columns = {**columns, table.labels[0]: [first[row] for row in rows]}
         file.write(view[after_header : begins[0]])
         file.writelines(_comments(text.data, ends[:-1], begins[1:]))
     for at in range(0, len(order), _CHUNK_ROWS):
@@ -726,9 +736,18 @@ def _write_list(
     file.write(b"loop_ " + newline)
     file.writelines(_label_line(k, label) + newline for k, label in enumerate(labels, start=1))
     for row in range(1 if rows is None else len(rows)):
-        cells = [columns[each][row] if each in columns else table.text(each)[0] for each in labels]
-        file.write(b" ".join(map(_encode, map(quote, cells))) + newline)
+        cells = [
+            _encode(quote(columns[label][row])) if label in columns else _loop_cell(table, column)
+            for column, label in enumerate(labels)
+        ]
+        file.write(b" ".join(cells) + newline)
     file.write(text.data[start[after] :])
+
+
+def _loop_cell(table: StarBlock, column: int) -> bytes:
+    """A list's value as a row can hold it: as it stands, or with the quotes it needs there."""
+    (raw,) = table._raw(column, slice(0, 1))
+    return raw if raw[:1] in (b'"', b"'") else _encode(quote(_unquote(raw)))
 
 
 def _lines_of(text: _Text, start: int, stop: int) -> Iterator[bytes]:

@@ -177,7 +177,24 @@ def test_a_missing_file_and_a_folder_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "cell", ["<NA>", '""', "abc", "1_000", "0x10", "1,5", "--1", "1e", ".", "1.5.2", "١", "1d5", "nan(0)"]
+    "cell",
+    [
+        "<NA>",
+        '""',
+        "abc",
+        "1_000",
+        "0x10",
+        "1,5",
+        "--1",
+        "0x",
+        "12345_6",
+        "1e",
+        ".",
+        "1.5.2",
+        "١",
+        "1d5",
+        "nan(0)",
+    ],
 )
 @pytest.mark.parametrize("padding", ["", "x" * 100])
 def test_what_is_no_number_is_told_with_its_place(tmp_path: Path, cell: str, padding: str) -> None:
@@ -219,6 +236,13 @@ def test_what_is_no_whole_number_is_told(tmp_path: Path, cell: str) -> None:
     )
 
 
+def test_an_empty_value_is_no_number(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"particles\.star:2: column _a \(#1\): found '', expected a number"
+    ):
+        read_star(star_at(tmp_path, "data_\n_a\n")).blocks[0].numbers("a")
+
+
 def test_an_unknown_column_or_block_is_told_with_what_there_is(tmp_path: Path) -> None:
     star = read_star(star_at(tmp_path, PARTICLES))
     with pytest.raises(
@@ -255,6 +279,12 @@ def test_rows_are_chosen_in_order(tmp_path: Path) -> None:
     )
 
 
+def test_a_cell_like_a_label_may_come_first(tmp_path: Path) -> None:
+    path = star_at(tmp_path, "data_\nloop_\n_x\n_y\na 1\n_b 2\n")
+    out = rewritten(path, block="", columns={}, rows=np.array([1, 0]))
+    assert out == 'data_\nloop_\n_x\n_y\n"_b" 2\na 1\n'
+
+
 def test_the_last_row_may_lack_its_line_end(tmp_path: Path) -> None:
     path = star_at(tmp_path, "data_\r\nloop_\r\n_x\r\n1\r\n2")
     assert (
@@ -276,10 +306,15 @@ def test_a_list_becomes_a_loop(tmp_path: Path) -> None:
     out = rewritten(path, block="optics", columns={"b": ["3"], "z": ["4"]})
     assert out == (
         "data_optics\n\n# why\nloop_ \n_a #1 \n_b #2 \n_c #3 \n_z #4 \n"
-        '"x y" 3 "" 4\n\ndata_particles\n_d 4\n'
+        "'x y' 3 \"\" 4\n\ndata_particles\n_d 4\n"
     )
     assert rewritten(path, block="particles", columns={}) == path.read_text()
     assert rewritten(path, block="particles", columns={"d": ["5"]}).endswith("\nloop_ \n_d #1 \n5\n")
+    path = star_at(tmp_path, "data_\n_a _x\n_b\n;one\n;\n_c 1")
+    assert (
+        rewritten(path, block="", columns={"c": ["2"]})
+        == 'data_\nloop_ \n_a #1 \n_b #2 \n_c #3 \n"_x" one 2\n'
+    )
 
 
 def test_cells_must_be_as_many_as_rows(tmp_path: Path) -> None:
@@ -318,7 +353,7 @@ def test_new_tables_are_laid_out_as_relion_does(tmp_path: Path) -> None:
     assert star.blocks[1].text("rlnImageName") == ["1@a b.mrcs", "x"]
 
 
-@pytest.mark.parametrize("cell", ["a\nb", "a\r", "a\" b' c"])
+@pytest.mark.parametrize("cell", ["a\nb", "a\r", "a\0b", "a\" b' c"])
 def test_a_cell_that_no_row_can_hold_is_refused(tmp_path: Path, cell: str) -> None:
     with pytest.raises(OutputError, match="cannot be written in a STAR file"):
         write_tables(tmp_path / "new.star", {"x": {"a": [cell]}})
@@ -492,6 +527,22 @@ def test_rows_beyond_one_chunk_agree(tmp_path: Path) -> None:
     np.testing.assert_array_equal(star.blocks[0].numbers("x"), np.arange(n) + 0.5)
 
 
+@IN_ONE_FOLDER
+@given(st.lists(st.text("019+-.eEinfatyNA_xXd", min_size=1, max_size=6), min_size=1, max_size=5))
+def test_a_number_is_what_python_reads_without_underscores(tmp_path: Path, cells: list[str]) -> None:
+    try:
+        expected = [float(cell) if "_" not in cell else float("no") for cell in cells]
+    except ValueError:
+        expected = None
+    write_tables(tmp_path / "new.star", {"": {"x": cells, "y": cells}})
+    block = read_star(tmp_path / "new.star").blocks[0]
+    if expected is None:
+        with pytest.raises(InputError, match="expected a number"):
+            block.numbers("x")
+    else:
+        np.testing.assert_array_equal(block.numbers("x"), expected)
+
+
 # --- judges ----------------------------------------------------------------------------------------
 
 
@@ -530,6 +581,16 @@ def test_every_file_of_the_zoo_comes_back_to_the_letter(shared_data: Path, tmp_p
         star = read_star(path)
         write_star(tmp_path / "out.star", star, block=star.blocks[0].name, columns={})
         assert (tmp_path / "out.star").read_bytes() == path.read_bytes()
+
+
+def test_starfile_reads_what_we_write(tmp_path: Path) -> None:
+    star = read_star(star_at(tmp_path, PARTICLES.replace("it's#1.mrc", "its.mrc")))
+    columns = {"svaeZ1": ["1.5", "-2e-9", "0"], "rlnAnglePsi": ["7", "8.25", "-9"]}
+    write_star(tmp_path / "out.star", star, block="particles", columns=columns)
+    table = starfile.read(tmp_path / "out.star", always_dict=True)["particles"]
+    assert table["svaeZ1"].tolist() == [1.5, -2e-9, 0]
+    assert table["rlnAnglePsi"].tolist() == [7, 8.25, -9]
+    assert table["rlnMicrographName"].tolist() == ["my mics/m 1.mrc", "its.mrc", "data_2020/m.mrc"]
 
 
 @pytest.mark.skipif(shutil.which("relion_star_handler") is None, reason="RELION is not installed")

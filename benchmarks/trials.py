@@ -1,0 +1,159 @@
+"""Trains an engine on simulated images in memory and scores it, on the clock of training alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.measures import angle_error_deg, circular_correlation, r_z, shift_rms_px
+from cryo_svae.checkpoint import Checkpoint
+from cryo_svae.models import ENGINES
+from cryo_svae.models.engine import Posterior
+from cryo_svae.preprocessing import Preparation, prepare
+from cryo_svae.simulate import Simulated
+from cryo_svae.store import TrainingStore
+from cryo_svae.training import Schedule, fit, seed_everything
+
+RESULTS = Path("results")
+
+
+@dataclass
+class Trial:
+    """A finished training: posterior of every image, seconds of training, rows of scores by epoch."""
+
+    posterior: Posterior
+    checkpoint: Checkpoint
+    seconds: float
+    images_per_second: float
+    infer_images_per_second: float
+    progress: list[tuple[float, dict[str, float]]] = field(default_factory=list)
+
+
+def prepared_store(simulated: Simulated, engine, preparation: Preparation) -> TrainingStore:
+    """The images as the program prepares them, represented for an engine."""
+    parts = [
+        engine.represent(prepare(part, simulated.pixel_size_angst, preparation)[0])
+        for part in simulated.images.split(1024)
+    ]
+    return TrainingStore(torch.cat(parts), simulated.ctf, np.arange(len(simulated.images)))
+
+
+def infer(checkpoint: Checkpoint, store: TrainingStore, index: torch.Tensor) -> Posterior:
+    """Posterior of rows ``index``."""
+    checkpoint.engine.eval()
+    with torch.no_grad():
+        return Posterior.cat([checkpoint.engine.infer(batch) for batch in store.batches(index, 256)])
+
+
+def scores(posterior: Posterior, simulated: Simulated, index: torch.Tensor) -> dict[str, float]:
+    """r_z of each conformation, rotation, angle error and shift error of rows ``index``."""
+    z, psi, origin = (
+        t.double().numpy() for t in (posterior.z_mean, posterior.psi_rad, posterior.origin_px)
+    )
+    truth = simulated.conformation[index].double().numpy()
+    true_psi = simulated.psi_rad[index].double().numpy()
+    row = {f"r_z{k + 1}": r_z(z, truth[:, k]) for k in range(truth.shape[1])}
+    return row | {
+        "rotation": circular_correlation(psi, true_psi),
+        "angle_deg": angle_error_deg(psi, true_psi),
+        "shift_px": shift_rms_px(origin, simulated.origin_px[index].double().numpy(), psi),
+    }
+
+
+def run_trial(
+    simulated: Simulated,
+    engine_name: str,
+    z_dim: int,
+    seed: int,
+    *,
+    epochs: int | None = None,
+    time_limit_s: float = float("inf"),
+    watch: int = 0,
+    **config_changes: object,
+) -> Trial:
+    """Trains on all images; ``watch`` images are scored after each epoch, off the clock."""
+    box_px = simulated.images.shape[-1]
+    engine_class, config_class = ENGINES[engine_name]
+    preparation = Preparation(
+        box_px=box_px,
+        pixel_size_angst=simulated.pixel_size_angst,
+        mask_diameter_angst=(box_px - 2) * simulated.pixel_size_angst,
+        invert=False,
+    )
+    config = dataclasses.replace(
+        config_class(), mask_radius_px=preparation.mask_radius_px, **config_changes
+    )
+    seed_everything(seed, -1)
+    engine = engine_class(box_px, z_dim, config)
+    defaults = engine_class.training_defaults
+    store = prepared_store(simulated, engine, preparation)
+    checkpoint = Checkpoint(engine_name, engine, preparation, simulated.ctf is not None, None, 0, [])
+    trial = Trial(None, checkpoint, 0.0, 0.0, 0.0)  # type: ignore[arg-type]
+    watched = torch.arange(min(watch, len(store)))
+
+    def on_epoch(current: Checkpoint) -> None:
+        trial.seconds = sum(row["seconds"] for row in current.history)
+        if len(watched) and current.history:
+            trial.progress.append((trial.seconds, scores(infer(current, store, watched), simulated, watched)))
+        if trial.seconds > time_limit_s:
+            raise TimeoutError
+
+    schedule = Schedule(
+        epochs=defaults.epochs if epochs is None else epochs,
+        batch_size=defaults.batch_size,
+        learning_rate=defaults.learning_rate,
+        one_cycle=defaults.schedule == "one-cycle",
+        held_out=0.0,
+        patience=None,
+        seed=seed,
+    )
+    try:
+        fit(checkpoint, store, schedule, torch.device("cpu"), on_epoch)
+    except TimeoutError:
+        pass
+    trial.images_per_second = len(store) * checkpoint.epochs_done / max(trial.seconds, 1e-9)
+    began = time.perf_counter()
+    trial.posterior = infer(checkpoint, store, torch.arange(len(store)))
+    trial.infer_images_per_second = len(store) / (time.perf_counter() - began)
+    return trial
+
+
+def seconds_to(trial: Trial, targets: dict[str, float]) -> float:
+    """Seconds of training until every watched score has reached its target; infinite if never."""
+    for seconds, row in trial.progress:
+        if all(row[name] >= value for name, value in targets.items()):
+            return seconds
+    return float("inf")
+
+
+def median(values: list[float]) -> float:
+    """The median of the seeds."""
+    return statistics.median(values)
+
+
+def where() -> str:
+    """Commit, processor and threads that a figure belongs to."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    names = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return f"commit {commit}, {len(names)} cores of {names[0]}, {torch.get_num_threads()} threads"
+
+
+def report(name: str, lines: list[str]) -> None:
+    """Prints a table and writes it to results/NAME.txt."""
+    text = "\n".join([*lines, where()])
+    print(text, flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.txt").write_text(text + "\n")
