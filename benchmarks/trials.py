@@ -101,12 +101,14 @@ def run_trial(
     def on_epoch(current: Checkpoint) -> None:
         trial.seconds = sum(row["seconds"] for row in current.history)
         if len(watched) and current.history:
-            trial.progress.append((trial.seconds, scores(infer(current, store, watched), simulated, watched)))
+            trial.progress.append(
+                (trial.seconds, scores(infer(current, store, watched), simulated, watched))
+            )
         if trial.seconds > time_limit_s:
             raise TimeoutError
 
     schedule = Schedule(
-        epochs=defaults.epochs if epochs is None else epochs,
+        epochs=defaults.epochs_for(len(store)) if epochs is None else epochs,
         batch_size=defaults.batch_size,
         learning_rate=defaults.learning_rate,
         one_cycle=defaults.schedule == "one-cycle",

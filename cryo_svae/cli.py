@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from cryo_svae import __version__, config
-from cryo_svae.config import ModelConfig, OutputConfig, ParticlesConfig, TrainingConfig
+from cryo_svae.config import (
+    ComputeConfig,
+    ModelConfig,
+    OutputConfig,
+    PreparationConfig,
+    SourceConfig,
+    TrainingConfig,
+)
 from cryo_svae.errors import CryoSvaeError, InputError
 
 INTERRUPTED = 130
@@ -37,21 +44,22 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, train):
         _add_job_options(command)
         _add_particles(command, optional=True)
-        config.add_options(command, ParticlesConfig, ModelConfig, TrainingConfig)
-        config.add_options(command, *([OutputConfig] if command is run else []), *CONFIG_CLASSES)
+        config.add_options(command, SourceConfig, PreparationConfig, ModelConfig, TrainingConfig)
+        config.add_options(command, ComputeConfig, *([OutputConfig] if command is run else []))
+        config.add_options(command, *CONFIG_CLASSES)
     estimate = add("estimate", "estimate particles, perhaps others, with a trained model")
     _add_job_options(estimate)
     _add_particles(estimate, optional=True)
     estimate.add_argument(
         "--model", type=Path, default=argparse.SUPPRESS, metavar="MODEL.pt", help="model.pt of a job"
     )
-    config.add_options(estimate, ParticlesConfig, TrainingConfig, OutputConfig)
+    config.add_options(estimate, SourceConfig, ComputeConfig, OutputConfig)
     inspect = add("inspect", "say what is understood of a particle file, and draw some of its images")
     _add_particles(inspect, optional=False)
     inspect.add_argument(
         "--out", type=Path, default=Path("inspect.png"), metavar="PNG", help="the montage [inspect.png]"
     )
-    config.add_options(inspect, ParticlesConfig)
+    config.add_options(inspect, SourceConfig, PreparationConfig)
     simulate = add("simulate", "make particles of a molecule in motion, with their truth")
     simulate.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write")
     simulate.add_argument("--overwrite", action="store_true", help="write over an earlier simulation")
@@ -100,9 +108,9 @@ def _run_job(arguments: dict[str, Any], stage_name: str) -> None:
     job = open_job(out, overwrite=overwrite, resume=resume)
     if resume:
         arguments = settings_to_resume(job, arguments)
-    classes = (ParticlesConfig, ModelConfig, TrainingConfig, OutputConfig, *CONFIG_CLASSES)
+    classes = (SourceConfig, PreparationConfig, ModelConfig, TrainingConfig, ComputeConfig, OutputConfig)
     plain = {name: value for name, value in arguments.items() if name not in ("particles", "model")}
-    config.refuse_unknown(plain, classes, source)
+    config.refuse_unknown(plain, (*classes, *CONFIG_CLASSES), source)
     with job.logging():
         getattr(stages, stage_name)(job, arguments, source)
 
@@ -110,8 +118,9 @@ def _run_job(arguments: dict[str, Any], stage_name: str) -> None:
 def _inspect(arguments: dict[str, Any]) -> None:
     from cryo_svae.inspection import inspect
 
-    settings = config.build(ParticlesConfig, arguments, "the command line")
-    for line in inspect(arguments["particles"], settings, arguments["out"]):
+    source = config.build(SourceConfig, arguments, "the command line")
+    settings = config.build(PreparationConfig, arguments, "the command line")
+    for line in inspect(arguments["particles"], source, settings, arguments["out"]):
         print(line)
 
 

@@ -42,11 +42,20 @@ def check(condition: bool, name: str, found: object, expected: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParticlesConfig:
-    """How particles are read and prepared."""
+class SourceConfig:
+    """Where particles are read from."""
 
     datadir: Path | None = option(None, "folder under which image paths of the STAR file are sought first")
     pixel_size: float | None = option(None, "pixel size in Å, for files that do not hold one")
+
+    def __post_init__(self) -> None:
+        check(self.pixel_size is None or self.pixel_size > 0, "pixel_size", self.pixel_size, "Å above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparationConfig:
+    """How images are prepared."""
+
     box: int | None = option(
         None, "working box in pixels (even), reached by Fourier cropping [their own, at most 64 or 128]"
     )
@@ -57,7 +66,6 @@ class ParticlesConfig:
     ctf: bool | None = option(None, "model the CTF [yes where the file holds CTF parameters]")
 
     def __post_init__(self) -> None:
-        check(self.pixel_size is None or self.pixel_size > 0, "pixel_size", self.pixel_size, "Å above 0")
         box_ok = self.box is None or (self.box >= 8 and self.box % 2 == 0)
         check(box_ok, "box", self.box, "an even number of pixels, 8 or more")
         diameter_ok = self.mask_diameter is None or self.mask_diameter > 0
@@ -68,14 +76,21 @@ class ParticlesConfig:
 class ModelConfig:
     """Which model is trained."""
 
-    engine: EngineName = option("coordinate", "the paper's MLP on coordinates, or a plain VAE")
+    engine: EngineName = option(
+        "steerable", "steerable sums poses out exactly; coordinate is the paper's MLP; vanilla has no pose"
+    )
     z_dim: int = option(2, "number of latent content dimensions")
+    max_shift: float | None = option(
+        None,
+        "largest shift in Å of a particle from the middle of its box; 0 for centred [10 %% of the box]",
+    )
     shift_std: float | None = option(
-        None, "standard deviation in Å of the particles' shifts about the box centre [5 %% of the box]"
+        None, "standard deviation of the shifts in Å [steerable learns it, others take half of --max-shift]"
     )
 
     def __post_init__(self) -> None:
         check(self.z_dim >= 1, "z_dim", self.z_dim, "1 or more")
+        check(self.max_shift is None or self.max_shift >= 0, "max_shift", self.max_shift, "Å, 0 or more")
         check(self.shift_std is None or self.shift_std > 0, "shift_std", self.shift_std, "Å above 0")
 
 
@@ -83,15 +98,13 @@ class ModelConfig:
 class TrainingConfig:
     """How the model is trained."""
 
-    epochs: int | None = option(None, "passes over the particles [the engine's own]")
+    epochs: int | None = option(None, "passes over the particles [by their number]")
     batch_size: int | None = option(None, "particles in a step [the engine's own]")
     learning_rate: float | None = option(None, "(peak) learning rate of Adam [the engine's own]")
     held_out: float = option(0.1, "share of the particles kept from training, for the learning curve")
     patience: int | None = option(
         None, "stop after so many epochs without a better held-out bound [train all epochs]"
     )
-    seed: int = option(0, "seed of every random choice; equal seeds make equal CPU runs")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
 
     def __post_init__(self) -> None:
         check(self.epochs is None or self.epochs >= 1, "epochs", self.epochs, "1 or more")
@@ -100,6 +113,16 @@ class TrainingConfig:
         check(rate_ok, "learning_rate", self.learning_rate, "a number above 0")
         check(0.0 <= self.held_out < 1.0, "held_out", self.held_out, "a share, 0 or more and below 1")
         check(self.patience is None or self.patience >= 1, "patience", self.patience, "1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How things are computed."""
+
+    seed: int = option(0, "seed of every random choice; equal seeds make equal CPU runs")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "where to compute")
+
+    def __post_init__(self) -> None:
         check(self.seed >= 0, "seed", self.seed, "0 or more")
 
 
@@ -128,7 +151,9 @@ def options_of(config_class: type) -> list[Field[Any]]:
 def add_options(parser: argparse.ArgumentParser, *config_classes: type) -> None:
     """An option for each field of the classes; the parsed namespace holds only what was given."""
     for config_class in config_classes:
-        group = parser.add_argument_group((config_class.__doc__ or config_class.__name__).split("\n")[0].rstrip("."))
+        group = parser.add_argument_group(
+            (config_class.__doc__ or config_class.__name__).split("\n")[0].rstrip(".")
+        )
         hints = typing.get_type_hints(config_class)
         for item in options_of(config_class):
             kinds = [kind for kind in _alternatives(hints[item.name]) if kind is not type(None)]
@@ -223,6 +248,22 @@ def refuse_unknown(settings: Mapping[str, Any], config_classes: Sequence[type], 
                 found="an unknown setting",
                 expected="one of " + ", ".join(sorted(known)),
                 remedy="remove it, or mend its name.",
+            )
+
+
+def refuse_misplaced(
+    settings: Mapping[str, Any], chosen: type, others: Sequence[type], engine: str
+) -> None:
+    """Raises InputError for options of other engines' classes that the chosen one has not."""
+    own = {item.name for item in options_of(chosen)}
+    foreign = {item.name for other in others for item in options_of(other)} - own
+    for name in settings:
+        if name in foreign:
+            raise InputError(
+                "--" + name.replace("_", "-"),
+                found=f"it with --engine {engine}",
+                expected="an option that this engine has",
+                remedy="leave it out, or choose another --engine.",
             )
 
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cryo_svae.config import ParticlesConfig
+from cryo_svae.config import PreparationConfig, SourceConfig
 from cryo_svae.formats.atomic import atomic_path
 from cryo_svae.images import ImageSource
 from cryo_svae.particles import read_particles
@@ -22,9 +22,9 @@ MONTAGE_COLUMNS = 10
 LARGEST_BOX_PX = 128
 
 
-def inspect(path: Path, config: ParticlesConfig, png: Path) -> list[str]:
+def inspect(path: Path, source: SourceConfig, config: PreparationConfig, png: Path) -> list[str]:
     """Lines that say what a particle file holds; draws some of its images, below them smoothed ones."""
-    particles = read_particles(path, datadir=config.datadir, pixel_size_angst=config.pixel_size)
+    particles = read_particles(path, datadir=source.datadir, pixel_size_angst=source.pixel_size)
     images = ImageSource(particles)
     preparation = plan_preparation(particles, config, LARGEST_BOX_PX)
     lines = describe(particles)

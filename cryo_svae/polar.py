@@ -156,19 +156,25 @@ class PolarTransform(nn.Module):
         n_frequencies = self.n_angles // 2 + 1
         flat = packed.new_zeros(len(packed), self.n_rings * n_frequencies, dtype=torch.complex64)
         flat[:, self.place] = torch.complex(packed[:, 0], packed[:, 1])
-        return flat.view(len(packed), self.n_rings, n_frequencies)
+        dense: Tensor = flat.view(len(packed), self.n_rings, n_frequencies)
+        return dense
 
     def pack(self, dense: Complex[Tensor, "b r f"]) -> Float[Tensor, "b 2 p"]:
         """The inverse of ``dense``; drops what is beyond the band limit."""
-        return torch.view_as_real(dense.flatten(1)[:, self.place]).movedim(-1, 1)
+        flat = dense.flatten(1)[:, self.place]
+        return torch.stack([flat.real, flat.imag], 1)
 
     def samples(self, packed: Float[Tensor, "b 2 p"]) -> Float[Tensor, "b r a"]:
         """G(r, phi), the real polar function of each image, rings scaled as the coefficients are."""
-        return torch.fft.irfft(self.dense(packed * self._halved), n=self.n_angles, norm="forward")
+        samples: Tensor = torch.fft.irfft(
+            self.dense(packed * self._halved), n=self.n_angles, norm="forward"
+        )
+        return samples
 
     def spectra(self, samples: Float[Tensor, "*b r a"]) -> Complex[Tensor, "*b r f"]:
         """Dense coefficients of polar samples; beyond the band limit not zero."""
-        return torch.fft.rfft(samples, norm="forward") * self._doubled
+        spectra: Tensor = torch.fft.rfft(samples, norm="forward") * self._doubled
+        return spectra
 
     def forward(self, images: Float[Tensor, "b n n"]) -> Float[Tensor, "b 2 p"]:
         """Packed angular coefficients of images inside the soft disc."""
@@ -213,5 +219,15 @@ class PolarTransform(nn.Module):
     ) -> Float[Tensor, "b r a"]:
         """Samples of images whose content is moved by shifts (x, y) in pixels."""
         alpha = self.shift_phase(shift_px)
+        return samples * torch.cos(alpha) - samples.roll(self.n_angles // 2, -1) * torch.sin(alpha)
+
+    def shifted_spectra(
+        self, samples: Float[Tensor, "b r a"], shifts_px: Float[Tensor, "t 2"] | Float[Tensor, "b t 2"]
+    ) -> Complex[Tensor, "b t r f"]:
+        """Dense coefficients of images moved by each of t shifts, the same for all or each its own."""
         opposite = samples.roll(self.n_angles // 2, -1)
-        return samples * torch.cos(alpha) - opposite * torch.sin(alpha)
+        spectra = []
+        for shift_px in shifts_px.unbind(-2):
+            alpha = self.shift_phase(shift_px)
+            spectra.append(self.spectra(samples * torch.cos(alpha) - opposite * torch.sin(alpha)))
+        return torch.stack(spectra, 1)

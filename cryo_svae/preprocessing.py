@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cryo_svae import geometry
-from cryo_svae.config import ParticlesConfig
+from cryo_svae.config import PreparationConfig
 from cryo_svae.ctf import CtfTable
 from cryo_svae.errors import InputError
 from cryo_svae.images import ImageSource
@@ -46,7 +46,7 @@ class Preparation:
         return self.mask_diameter_angst / 2 / self.pixel_size_angst
 
 
-def plan_preparation(particles: ParticleSet, config: ParticlesConfig, largest_box_px: int) -> Preparation:
+def plan_preparation(particles: ParticleSet, config: PreparationConfig, largest_box_px: int) -> Preparation:
     """A working grid common to all optics groups, found from the data unless ``--box`` is given.
 
     The field of view is the smallest of any group; the pixel size is the coarsest of any group,

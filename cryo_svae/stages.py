@@ -17,7 +17,14 @@ from torch import Tensor
 import cryo_svae
 from cryo_svae import averages, config, export, geometry
 from cryo_svae.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from cryo_svae.config import ModelConfig, OutputConfig, ParticlesConfig, TrainingConfig
+from cryo_svae.config import (
+    ComputeConfig,
+    ModelConfig,
+    OutputConfig,
+    PreparationConfig,
+    SourceConfig,
+    TrainingConfig,
+)
 from cryo_svae.errors import InputError, TrainingError
 from cryo_svae.estimation import EstimateTable, estimate
 from cryo_svae.formats.atomic import atomic_path
@@ -25,7 +32,7 @@ from cryo_svae.formats.mrc import write_stack
 from cryo_svae.formats.star import write_tables
 from cryo_svae.images import ImageSource
 from cryo_svae.job import CHECKPOINT, Job, digest
-from cryo_svae.models import ENGINES
+from cryo_svae.models import CONFIG_CLASSES, ENGINES
 from cryo_svae.particles import ParticleSet, read_particles
 from cryo_svae.preprocessing import Preparation, plan_preparation, prepared_images
 from cryo_svae.store import TrainingStore, build_store
@@ -33,7 +40,8 @@ from cryo_svae.training import EPOCH_COLUMNS, Schedule, fit, seed_everything
 
 log = logging.getLogger(__name__)
 
-SHIFT_STD_SHARE_OF_BOX = 0.05
+MAX_SHIFT_SHARE_OF_BOX = 0.1
+NO_SHIFT_ANGST = 1e-3  # a prior as good as fixed, for engines that need one
 CONTRAST_SIGNIFICANCE = 5.0  # standard errors of the mean
 CONTRAST_PARTICLES = 2000
 
@@ -85,14 +93,17 @@ class Plan:
 
 def plan_training(settings: Mapping[str, Any], particles: ParticleSet, source: str) -> Plan:
     """Settings with every default found from the data; ``source`` is where they are from, for messages."""
-    of_particles = config.build(ParticlesConfig, settings, source)
+    of_source = config.build(SourceConfig, settings, source)
+    of_images = config.build(PreparationConfig, settings, source)
     of_model = config.build(ModelConfig, settings, source)
     of_training = config.build(TrainingConfig, settings, source)
+    of_compute = config.build(ComputeConfig, settings, source)
     of_output = config.build(OutputConfig, settings, source)
     engine_class, config_class = ENGINES[of_model.engine]
-    preparation = plan_preparation(particles, of_particles, engine_class.largest_box_px)
+    config.refuse_misplaced(settings, config_class, CONFIG_CLASSES, of_model.engine)
+    preparation = plan_preparation(particles, of_images, engine_class.largest_box_px)
     pixel_size_angst = preparation.pixel_size_angst
-    if of_particles.ctf and particles.ctf is None:
+    if of_images.ctf and particles.ctf is None:
         raise InputError(
             "--ctf",
             found="no CTF parameters in the file",
@@ -104,21 +115,29 @@ def plan_training(settings: Mapping[str, Any], particles: ParticleSet, source: s
         "box": preparation.box_px,
         "mask_diameter": preparation.mask_diameter_angst,
         "ctf": particles.ctf is not None,
-        "shift_std": SHIFT_STD_SHARE_OF_BOX * preparation.box_px * pixel_size_angst,
-        "epochs": defaults.epochs,
+        "max_shift": MAX_SHIFT_SHARE_OF_BOX * preparation.box_px * pixel_size_angst,
+        "epochs": defaults.epochs_for(len(particles)),
         "batch_size": defaults.batch_size,
         "learning_rate": defaults.learning_rate,
         "classes": averages.default_classes(len(particles)),
     }
     engine_config = config.build(config_class, settings, source)
-    resolved = config.as_settings(of_particles, of_model, of_training, of_output, engine_config)
+    resolved = config.as_settings(
+        of_source, of_images, of_model, of_training, of_compute, of_output, engine_config
+    )
     for name, value in found.items():
         if resolved[name] is None:
             resolved[name] = value
+    if resolved["shift_std"] is None and of_model.engine != "steerable":
+        resolved["shift_std"] = max(resolved["max_shift"] / 2, NO_SHIFT_ANGST)
+    lengths_angst = {"max_shift_px": resolved["max_shift"], "shift_std_px": resolved["shift_std"]}
+    lengths_px = {
+        name: None if length is None else length / pixel_size_angst
+        for name, length in lengths_angst.items()
+        if hasattr(engine_config, name)
+    }
     engine_config = dataclasses.replace(
-        engine_config,
-        shift_std_px=resolved["shift_std"] / pixel_size_angst,
-        mask_radius_px=preparation.mask_radius_px,
+        engine_config, mask_radius_px=preparation.mask_radius_px, **lengths_px
     )
     others = {name: value for name, value in settings.items() if name not in resolved}
     return Plan({**others, **resolved}, engine_config, preparation)
@@ -289,9 +308,9 @@ def write_record(job: Job, particles: ParticleSet, settings: Mapping[str, Any]) 
 
 def load_particles(settings: Mapping[str, Any], source: str) -> ParticleSet:
     """The particle set that the settings name, described in the log."""
-    of_particles = config.build(ParticlesConfig, settings, source)
+    of_source = config.build(SourceConfig, settings, source)
     particles = read_particles(
-        Path(settings["particles"]), datadir=of_particles.datadir, pixel_size_angst=of_particles.pixel_size
+        Path(settings["particles"]), datadir=of_source.datadir, pixel_size_angst=of_source.pixel_size
     )
     for line in describe(particles):
         log.info(line)
@@ -320,9 +339,9 @@ def estimate_only(job: Job, settings: Mapping[str, Any], source: str) -> None:
     checkpoint = load_checkpoint(Path(settings["model"]))
     particles = load_particles(settings, source)
     check_fits(particles, checkpoint)
-    of_training = config.build(TrainingConfig, settings, source)
+    of_compute = config.build(ComputeConfig, settings, source)
     of_output = config.build(OutputConfig, settings, source)
-    resolved = {**settings, **config.as_settings(of_training, of_output)}
+    resolved = {**settings, **config.as_settings(of_compute, of_output)}
     job.write_config(resolved)
     write_estimates(job, particles, checkpoint, resolved)
     write_record(job, particles, resolved)

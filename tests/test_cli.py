@@ -225,6 +225,8 @@ def _break(case, make_dataset, tmp_path):
         return [star, "--z-dim", "0"]
     elif case == "CTF asked for, none there":
         return [star, "--ctf"]
+    elif case == "another engine's option":
+        return [star, "--engine", "steerable"]
     elif case == "out is a file":
         return [star, "--out", star]
     elif case == "no cuda":
@@ -249,6 +251,7 @@ MESSAGES = {
     "wrong type of setting": "z_dim",
     "bad value": "--z-dim",
     "CTF asked for, none there": "--ctf",
+    "another engine's option": "--hidden",
     "out is a file": "--out",
     "no cuda": "--device",
 }

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cryo_svae import geometry
-from cryo_svae.config import ParticlesConfig
+from cryo_svae.config import PreparationConfig
 from cryo_svae.errors import InputError
 from cryo_svae.images import ImageSource
 from cryo_svae.particles import read_particles
@@ -88,13 +88,13 @@ def test_the_soft_circle_is_one_inside_and_zero_outside():
 
 def test_the_working_box_is_the_images_own_up_to_a_limit(make_dataset):
     particles = read_particles(make_dataset(box=16))
-    assert plan_preparation(particles, ParticlesConfig(), 64).box_px == 16
-    limited = plan_preparation(particles, ParticlesConfig(), 12)
+    assert plan_preparation(particles, PreparationConfig(), 64).box_px == 16
+    limited = plan_preparation(particles, PreparationConfig(), 12)
     assert (limited.box_px, limited.pixel_size_angst) == (12, 2.5 * 16 / 12)
     with pytest.raises(InputError, match="--box"):
-        plan_preparation(particles, ParticlesConfig(box=32), 64)
+        plan_preparation(particles, PreparationConfig(box=32), 64)
     with pytest.raises(InputError, match="--mask-diameter"):
-        plan_preparation(particles, ParticlesConfig(mask_diameter=50.0), 64)
+        plan_preparation(particles, PreparationConfig(mask_diameter=50.0), 64)
 
 
 def test_optics_groups_of_other_pixel_sizes_and_boxes_come_to_one_grid(tmp_path, make_dataset):
@@ -116,7 +116,7 @@ def test_optics_groups_of_other_pixel_sizes_and_boxes_come_to_one_grid(tmp_path,
         },
     )
     particles = read_particles(star)
-    plan = plan_preparation(particles, ParticlesConfig(), 64)
+    plan = plan_preparation(particles, PreparationConfig(), 64)
     assert (plan.box_px, plan.pixel_size_angst) == (16, 3.0)
     [(_, prepared, _)] = prepared_images(ImageSource(particles), np.arange(2), plan)
     correlation = np.corrcoef(prepared[0].flatten(), prepared[1].flatten())[0, 1]
@@ -126,7 +126,7 @@ def test_optics_groups_of_other_pixel_sizes_and_boxes_come_to_one_grid(tmp_path,
 def test_chunks_come_in_order(make_dataset):
     particles = read_particles(make_dataset(7))
     source = ImageSource(particles)
-    plan = plan_preparation(particles, ParticlesConfig(), 64)
+    plan = plan_preparation(particles, PreparationConfig(), 64)
     index = np.array([6, 0, 3, 2, 5])
     parts = list(prepared_images(source, index, plan, chunk=2))
     assert np.concatenate([part for part, _, _ in parts]).tolist() == index.tolist()
@@ -137,7 +137,7 @@ def test_chunks_come_in_order(make_dataset):
 def test_the_ctf_follows_the_working_pixel_size(make_dataset):
     defocus = {"rlnDefocusU": ["15000"] * 5, "rlnDefocusV": ["14000"] * 5, "rlnDefocusAngle": ["30"] * 5}
     particles = read_particles(make_dataset(particles=defocus))
-    plan = plan_preparation(particles, ParticlesConfig(box=10), 64)
+    plan = plan_preparation(particles, PreparationConfig(box=10), 64)
     assert working_ctf(particles.ctf, plan).pixel_size_angst.tolist() == [4.0] * 5
 
 

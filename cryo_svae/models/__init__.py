@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from cryo_svae.models.coordinate import CoordinateConfig, CoordinateEngine
+from cryo_svae.models.steerable import SteerableConfig, SteerableEngine
 from cryo_svae.models.vanilla import VanillaEngine
 
 ENGINES: dict[str, tuple[Any, Any]] = {
+    "steerable": (SteerableEngine, SteerableConfig),
     "coordinate": (CoordinateEngine, CoordinateConfig),
     "vanilla": (VanillaEngine, CoordinateConfig),
 }

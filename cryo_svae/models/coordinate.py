@@ -117,7 +117,7 @@ class CoordinateEngine(Engine):
     """
 
     training_defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
-        epochs=100, batch_size=100, learning_rate=1e-4, schedule="constant"
+        epochs=(20, 200), images=500_000, batch_size=100, learning_rate=1e-4, schedule="constant"
     )
     largest_box_px: ClassVar[int] = 64
 

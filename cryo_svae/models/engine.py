@@ -7,6 +7,7 @@ pixels throughout; no files, no prints.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -91,13 +92,21 @@ class Posterior:
 class TrainingDefaults:
     """What an engine trains best with, where the user says nothing.
 
+    epochs:   fewest and most passes over the particles.
+    images:   images to be seen in all, within these bounds.
     schedule: "constant" learning rate, or "one-cycle" (up over the first 30 %, then down to 0).
     """
 
-    epochs: int
+    epochs: tuple[int, int]
+    images: int
     batch_size: int
     learning_rate: float
     schedule: Literal["constant", "one-cycle"]
+
+    def epochs_for(self, n_particles: int) -> int:
+        """Passes over n particles."""
+        fewest, most = self.epochs
+        return min(most, max(fewest, math.ceil(self.images / n_particles)))
 
 
 class Engine(nn.Module, ABC):
