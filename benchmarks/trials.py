@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
 import subprocess
@@ -116,10 +117,8 @@ def run_trial(
         patience=None,
         seed=seed,
     )
-    try:
+    with contextlib.suppress(TimeoutError):
         fit(checkpoint, store, schedule, torch.device("cpu"), on_epoch)
-    except TimeoutError:
-        pass
     trial.images_per_second = len(store) * checkpoint.epochs_done / max(trial.seconds, 1e-9)
     began = time.perf_counter()
     trial.posterior = infer(checkpoint, store, torch.arange(len(store)))

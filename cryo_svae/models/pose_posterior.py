@@ -1,13 +1,14 @@
 """The posterior of in-plane rotation and origin, exact on a grid, and what follows from it.
 
-With u the filtered data CTF Y / sigma² (packed angular coefficients), c the generated coefficients and
-S_o the centring by an origin o, the log likelihood ratio against an empty image is
+With y a particle's coefficients, h its CTF, c the generated coefficients, S_o the centring by an origin
+o and R_psi the turn by psi, the log likelihood ratio against an empty image is
 
-    l(psi, o) = Re sum_{r, m} conj(S_o u)_m(r) c_m(r) exp(i m psi) - ½ sum CTF² |c|² / sigma²
+    l(psi, o) = <S_o h y / sigma², R_psi c> - ½ <h² R_psi c / sigma², R_psi c>.
 
-so that all psi cost one ``irfft`` over m for each origin; with an astigmatic CTF the last term is an
-angular correlation too. No gradient flows through here: the gradient of log sum p exp(l) with respect
-to c is the posterior mean of the gradient of l, and ``aligned`` and ``power`` are all it needs.
+The first term costs one ``irfft`` over orders m for each origin and gives every psi; the second is the
+same for all psi unless the CTF is astigmatic, and then an angular correlation. No gradient flows through
+here: the gradient of log sum p exp(l) with respect to c is the posterior mean of the gradient of l,
+``aligned`` - ``filtered``.
 """
 
 from __future__ import annotations
@@ -29,41 +30,72 @@ class PosePosterior:
     log_evidence: log of the prior mean of exp(l) (b,), nats.
     probability:  (b, t, n), sums to 1.
     kl:           divergence from the prior (b,), nats.
-    aligned:      posterior mean of the filtered data, centred and turned into the reference's frame.
+    aligned:      posterior mean of the filtered data h y / sigma², centred and turned into the
+                  reference's frame.
+    filtered:     posterior mean of h² c / sigma² in the same frame.
     """
 
     log_evidence: Float[Tensor, "b"]
     probability: Float[Tensor, "b t n"]
     kl: Float[Tensor, "b"]
     aligned: Float[Tensor, "b 2 p"]
+    filtered: Float[Tensor, "b 2 p"]
 
 
-def pose_scores(
-    spectra: Complex[Tensor, "b t r f"], content: Complex[Tensor, "b r f"], energy: Float[Tensor, "b"], n_psi: int
-) -> Float[Tensor, "b t n"]:
-    """l(psi, o) in nats for t trial origins and n_psi rotations.
+@dataclass(frozen=True)
+class Look:
+    """b particles centred by each of t trial origins, ready to be compared with generated content.
 
-    spectra: dense angular coefficients of the filtered data, centred by each trial origin.
-    content: dense generated coefficients; energy: their sum CTF² |c|² / sigma².
+    spectra:  dense coefficients of h y / sigma² centred by each trial origin.
+    power:    h² / sigma² on the polar samples (b, rings, angles), or (b, rings, 1) without astigmatism.
     """
-    by_order = torch.stack([(spectra[:, t].conj() * content).sum(1) for t in range(spectra.shape[1])], 1)
-    by_order[..., 1:] *= 0.5
-    return torch.fft.irfft(by_order, n=n_psi, norm="forward") - 0.5 * energy[:, None, None]
 
+    polar: PolarTransform
+    spectra: Complex[Tensor, "b t r f"]
+    power: Float[Tensor, "b r a"]
 
-def pose_posterior(
-    polar: PolarTransform,
-    spectra: Complex[Tensor, "b t r f"],
-    scores: Float[Tensor, "b t n"],
-    log_prior: Float[Tensor, "b t"],
-) -> PosePosterior:
-    """The posterior under log prior masses of the trial origins and uniform psi."""
-    joint = (scores + (log_prior - math.log(scores.shape[-1]))[..., None]).flatten(1)
-    log_evidence = torch.logsumexp(joint, 1)
-    probability = torch.exp(joint - log_evidence[:, None]).view(scores.shape)
-    kl = (probability * scores).sum((1, 2)) - log_evidence
-    turn = torch.fft.rfft(probability)[..., : spectra.shape[-1]]
-    aligned = spectra[:, 0] * turn[:, 0, None]
-    for t in range(1, spectra.shape[1]):
-        aligned = aligned + spectra[:, t] * turn[:, t, None]
-    return PosePosterior(log_evidence, probability, kl, polar.pack(aligned))
+    @property
+    def n_psi(self) -> int:
+        """Number of rotations on the grid."""
+        return self.polar.n_angles
+
+    def inner(self, content: Float[Tensor, "b 2 p"]) -> Float[Tensor, "b t n"]:
+        """<S_o h y / sigma², R_psi c> for every trial origin o and psi."""
+        dense = self.polar.dense(content)
+        trials = range(self.spectra.shape[1])
+        by_order = torch.stack([(self.spectra[:, t].conj() * dense).sum(1) for t in trials], 1)
+        by_order[..., 1:] *= 0.5
+        return torch.fft.irfft(by_order, n=self.n_psi, norm="forward")
+
+    def energy(self, content: Float[Tensor, "b 2 p"]) -> Float[Tensor, "b n"]:
+        """<h² R_psi c / sigma², R_psi c> for every psi; (b, 1) without astigmatism."""
+        if self.power.shape[-1] == 1:
+            by_pair = self.power[:, self.polar.ring, 0] * content.square().sum(1)
+            return by_pair.sum(-1, keepdim=True)
+        squared = torch.fft.rfft(self.polar.samples(content).square(), norm="forward")
+        power = torch.fft.rfft(self.power, norm="forward")
+        return torch.fft.irfft((power.conj() * squared).sum(1), n=self.n_psi, norm="forward")
+
+    def filtered(
+        self, content: Float[Tensor, "b 2 p"], psi_probability: Float[Tensor, "b n"]
+    ) -> Float[Tensor, "b 2 p"]:
+        """Posterior mean of h² c / sigma² in the reference's frame."""
+        if self.power.shape[-1] == 1:
+            return self.power[:, None, self.polar.ring, 0] * content
+        turn = torch.fft.rfft(psi_probability)[:, None]
+        power = torch.fft.irfft(torch.fft.rfft(self.power) * turn, n=self.n_psi)
+        return self.polar.pack(self.polar.spectra(power * self.polar.samples(content)))
+
+    def posterior(self, content: Float[Tensor, "b 2 p"], log_prior: Float[Tensor, "b t"]) -> PosePosterior:
+        """The posterior under log prior masses of the trial origins and uniform psi."""
+        scores = self.inner(content) - 0.5 * self.energy(content)[:, None]
+        joint = (scores + (log_prior - math.log(self.n_psi))[..., None]).flatten(1)
+        log_evidence = torch.logsumexp(joint, 1)
+        probability = torch.exp(joint - log_evidence[:, None]).view(scores.shape)
+        kl = (probability * scores).sum((1, 2)) - log_evidence
+        turn = torch.fft.rfft(probability)[:, :, None]
+        aligned = self.spectra[:, 0] * turn[:, 0]
+        for t in range(1, self.spectra.shape[1]):
+            aligned += self.spectra[:, t] * turn[:, t]
+        filtered = self.filtered(content, probability.sum(1))
+        return PosePosterior(log_evidence, probability, kl, self.polar.pack(aligned), filtered)

@@ -81,9 +81,7 @@ class Molecule:
         return float(seen.norm(dim=-1).max()) + self.sigma_angst
 
 
-def turn_about_z(
-    points: Float[Tensor, "n p 3"], angle_rad: Float[Tensor, "n"]
-) -> Float[Tensor, "n p 3"]:
+def turn_about_z(points: Float[Tensor, "n p 3"], angle_rad: Float[Tensor, "n"]) -> Float[Tensor, "n p 3"]:
     """Points turned about the z axis, from x towards y."""
     cos, sin = torch.cos(angle_rad)[:, None], torch.sin(angle_rad)[:, None]
     x, y, z = points.unbind(-1)
@@ -146,7 +144,9 @@ def ring() -> Molecule:
     return Molecule(motion, torch.ones(48), 5.0, 1)
 
 
-def still(positions: Float[Tensor, "beads 3"], weights: Float[Tensor, "beads"], sigma_angst: float) -> Molecule:
+def still(
+    positions: Float[Tensor, "beads 3"], weights: Float[Tensor, "beads"], sigma_angst: float
+) -> Molecule:
     """A rigid molecule, to be seen from all sides."""
 
     def motion(conformation: Float[Tensor, "n 0"]) -> Float[Tensor, "n beads 3"]:
@@ -214,7 +214,9 @@ def hsp90(source: Path, *, two_arms: bool) -> Molecule:
     source: the folder with monoA_snip.pdb and monoB_snip.pdb, the chains of PDB 2CG9.
     """
     first, second = (_c_alphas(source / name) for name in HSP90_FILES)
-    arms, feet, weights, pivots = [], [], [], []
+    arms: list[Tensor] = []
+    feet: list[Tensor] = []
+    weights, pivots = [], []
     for residues, points in _hinge_view([first, second]):
         in_arm = residues < HSP90_HINGE_RESIDUE
         # The loop about the hinge is disordered: its nearest residue stands in for it.
@@ -271,9 +273,12 @@ def _hinge_view(
 def _views(source: Path | None) -> Molecule:
     """A rigid molecule from a folder (Hsp90), an .npz file (open kinase) or the built-in hinge."""
     if source is None:
-        base = hinge()
-    else:
-        base = hsp90(source, two_arms=False) if source.is_dir() else adk(source)
+        return _views_of(hinge())
+    return _views_of(hsp90(source, two_arms=False) if source.is_dir() else adk(source))
+
+
+def _views_of(base: Molecule) -> Molecule:
+    """One open shape of a molecule, held still."""
     shape = base.positions(torch.ones(1, 1))[0]
     return still(shape, base.weights, base.sigma_angst)
 

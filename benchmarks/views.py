@@ -1,0 +1,143 @@
+"""Many views of a 3-D molecule: in-plane error of like views, and views of neighbours in z.
+
+    python -m benchmarks.views --source ../shared/data/motion [--n-particles 8000] [--seeds 3] [--relion]
+
+The molecule is seen from uniform directions, 64 px, SNR 0.1, shifts of 1 px, CTF of 1 to 2.5 µm. With
+--relion, RELION's 2-D classification runs on the same particles (its classes stand in for z).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import trials
+from benchmarks.measures import like_view_error_deg, neighbour_view_deg
+from cryo_svae import geometry
+from cryo_svae.formats.star import read_star
+from cryo_svae.simulate import SimulateConfig, Simulated, simulate, view_rotation, write_simulated
+
+
+def config_of(n_particles: int, seed: int, source: Path | None) -> SimulateConfig:
+    """The set of the table."""
+    return SimulateConfig(
+        molecule="views",
+        source=source,
+        n_particles=n_particles,
+        box=64,
+        snr=0.1,
+        shift_std_px=1.0,
+        defocus_min_angst=10_000.0,
+        defocus_max_angst=25_000.0,
+        n_micrographs=50,
+        seed=seed,
+    )
+
+
+def directions(simulated: Simulated) -> np.ndarray:
+    """Viewing directions (n, 3)."""
+    return view_rotation(simulated.view_rad.double())[:, 2].numpy()
+
+
+def steerable_row(simulated: Simulated, seed: int, epochs: int | None) -> dict[str, float]:
+    """Measures of our engine after training."""
+    trial = trials.run_trial(simulated, "steerable", 8, seed, epochs=epochs, max_shift_px=3.0)
+    psi, z = (t.double().numpy() for t in (trial.posterior.psi_rad, trial.posterior.z_mean))
+    spread = trial.posterior.z_std.double().mean(0).numpy()
+    used = z / np.maximum(spread, 1e-3)  # distances in units of what is known of each axis
+    return {
+        "in_plane": like_view_error_deg(
+            psi, simulated.psi_rad.double().numpy(), simulated.view_rad.double().numpy()
+        ),
+        "neighbours": neighbour_view_deg(used, directions(simulated)),
+        "seconds": trial.seconds,
+        "rate": trial.images_per_second,
+    }
+
+
+def relion_row(
+    simulated: Simulated, config: SimulateConfig, classes: int, iterations: int
+) -> dict[str, float]:
+    """Measures of relion_refine's classes: in-plane error over pairs of like views in one class."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        write_simulated(work, simulated, config)
+        diameter = 0.9 * config.box * simulated.pixel_size_angst
+        command = [
+            "relion_refine --o run --i particles.star --dont_combine_weights_via_disc --preread_images",
+            f"--pool 30 --pad 1 --ctf --iter {iterations} --tau2_fudge 2 --particle_diameter {diameter:.0f}",
+            f"--K {classes} --flatten_solvent --zero_mask --oversampling 1 --psi_step 12 --offset_range 3",
+            "--offset_step 2 --norm --scale --j 2 --random_seed 1",
+        ]
+        began = time.perf_counter()
+        subprocess.run(" ".join(command).split(), cwd=work, check=True, capture_output=True)
+        seconds = time.perf_counter() - began
+        data = work / f"run_it{iterations:03d}_data.star"
+        block = read_star(data).block("particles")
+        truth = read_star(work / "truth.star").block("particles")
+        row_of = {name: row for row, name in enumerate(truth.text("rlnImageName"))}
+        order = np.argsort([row_of[name] for name in block.text("rlnImageName")])
+        psi = geometry.radians(block.numbers("rlnAnglePsi"))[order]
+        number = block.integers("rlnClassNumber")[order]
+    errors = []
+    true_psi, view = simulated.psi_rad.double().numpy(), simulated.view_rad.double().numpy()
+    for k in np.unique(number):
+        mine = number == k
+        if mine.sum() > 10:
+            errors += [like_view_error_deg(psi[mine], true_psi[mine], view[mine])] * int(mine.sum())
+    return {
+        "in_plane": float(np.nanmedian(errors)),
+        "neighbours": float("nan"),
+        "seconds": seconds,
+        "rate": len(psi) * iterations / seconds,
+    }
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--source", type=Path)
+    parser.add_argument("--n-particles", type=int, default=8000)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--relion", action="store_true")
+    parser.add_argument("--relion-classes", type=int, default=50)
+    parser.add_argument("--relion-iterations", type=int, default=25)
+    arguments = parser.parse_args()
+    lines = [
+        f"{arguments.n_particles} views of 64 px, medians of {arguments.seeds} seeds",
+        f"{'program':24s} in-plane/deg  neighbours in z/deg  s  img/s (a pass)",
+    ]
+    rows = []
+    for seed in range(arguments.seeds):
+        simulated = simulate(config_of(arguments.n_particles, seed, arguments.source))
+        rows.append(steerable_row(simulated, seed, arguments.epochs))
+    lines.append(_line("steerable, z-dim 8", rows))
+    print("\n".join(lines), flush=True)
+    if arguments.relion and shutil.which("relion_refine"):
+        config = config_of(arguments.n_particles, 0, arguments.source)
+        row = relion_row(simulate(config), config, arguments.relion_classes, arguments.relion_iterations)
+        lines.append(
+            _line(f"RELION, K {arguments.relion_classes}, {arguments.relion_iterations} it", [row])
+        )
+    trials.report("views", lines)
+
+
+def _line(name: str, rows: list[dict[str, float]]) -> str:
+    values = {key: trials.median([row[key] for row in rows]) for key in rows[0]}
+    return (
+        f"{name:24s} {values['in_plane']:12.2f} {values['neighbours']:20.2f} "
+        f"{values['seconds']:6.0f} {values['rate']:8.0f}"
+    )
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    main()
