@@ -115,8 +115,9 @@ def main() -> None:
     parser.add_argument("--coordinate-seconds", type=float, default=0.0)
     arguments = parser.parse_args()
     lines = [
-        f"{arguments.n_particles} images of 40 px, medians of {arguments.seeds} seeds, (share of the limit)",
-        f"{'set':17s} {'engine':12s} {'r_z':14s} {'rotation':14s} angle/deg  shift/px  s to 95 %  s  img/s",
+        f"{arguments.n_particles} images, 40 px; medians of {arguments.seeds} seeds (share of limit)",
+        f"{'set':17s} {'engine':12s} {'r_z':14s} {'rotation':14s} "
+        f"{'angle/deg':>9s} {'shift/px':>9s} {'s to 95 %':>10s} {'s':>6s} {'img/s':>8s}",
     ]
     print("\n".join(lines))
     for name in arguments.sets:

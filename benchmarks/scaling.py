@@ -51,16 +51,8 @@ def point(engine: str, n_particles: int, box: int, epochs: int) -> dict[str, flo
 
 def measure(engine: str, n_particles: int, box: int, epochs: int) -> dict[str, float]:
     """One measurement, in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.scaling",
-        "--point",
-        engine,
-        str(n_particles),
-        str(box),
-        str(epochs),
-    ]
+    where = [engine, str(n_particles), str(box), str(epochs)]
+    command = [sys.executable, "-m", "benchmarks.scaling", "--point", *where]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -90,7 +82,8 @@ def main() -> None:
 
 
 def _line(name: str, row: dict[str, float]) -> str:
-    return f"{name:22s} {row['epoch_s']:7.2f} {row['rate']:12.0f} {row['infer_rate']:12.0f} {row['peak_gb']:8.2f}"
+    seconds, rate, infer, peak = (row[key] for key in ("epoch_s", "rate", "infer_rate", "peak_gb"))
+    return f"{name:22s} {seconds:7.2f} {rate:12.0f} {infer:12.0f} {peak:8.2f}"
 
 
 def _draw(particles, by_n, boxes, by_box) -> None:
