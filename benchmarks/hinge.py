@@ -151,13 +151,12 @@ def row_of_set(name: str, arguments: argparse.Namespace) -> list[str]:
                 seed,
                 epochs=arguments.epochs if engine == "steerable" else None,
                 time_limit_s=budget,
-                watch=1000,
+                watch=500,
+                judged=LIMIT_IMAGES,
                 **options,
             )
-            index = torch.arange(LIMIT_IMAGES)
-            whole = trial.posterior
-            part = type(whole)(*(getattr(whole, f)[:LIMIT_IMAGES] for f in whole.__dataclass_fields__))
-            runs[engine].append(trials.scores(part, simulated, index))
+            index = torch.arange(len(trial.posterior.psi_rad))
+            runs[engine].append(trials.scores(trial.posterior, simulated, index))
             times[engine].append(trials.seconds_to(trial, targets))
             speed[engine].append((trial.seconds, trial.images_per_second))
     rows = [_row(name, "limit", limits, limits, None, None)]

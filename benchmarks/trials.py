@@ -27,7 +27,7 @@ RESULTS = Path("results")
 
 @dataclass
 class Trial:
-    """A finished training: posterior of every image, seconds of training, rows of scores by epoch."""
+    """A finished training: posterior of the judged images, seconds of training, rows of scores by epoch."""
 
     posterior: Posterior
     checkpoint: Checkpoint
@@ -77,9 +77,13 @@ def run_trial(
     epochs: int | None = None,
     time_limit_s: float = float("inf"),
     watch: int = 0,
+    judged: int | None = None,
     **config_changes: object,
 ) -> Trial:
-    """Trains on all images; ``watch`` images are scored after each epoch, off the clock."""
+    """Trains on all images; estimates the first ``judged`` of them.
+
+    ``watch`` images are scored after each epoch, off the clock.
+    """
     box_px = simulated.images.shape[-1]
     engine_class, config_class = ENGINES[engine_name]
     preparation = Preparation(
@@ -121,8 +125,9 @@ def run_trial(
         fit(checkpoint, store, schedule, torch.device("cpu"), on_epoch)
     trial.images_per_second = len(store) * checkpoint.epochs_done / max(trial.seconds, 1e-9)
     began = time.perf_counter()
-    trial.posterior = infer(checkpoint, store, torch.arange(len(store)))
-    trial.infer_images_per_second = len(store) / (time.perf_counter() - began)
+    index = torch.arange(len(store))[:judged]
+    trial.posterior = infer(checkpoint, store, index)
+    trial.infer_images_per_second = len(index) / (time.perf_counter() - began)
     return trial
 
 

@@ -26,6 +26,7 @@ Stage = Callable[[Any, dict[str, Any], str], None]
 
 def _parser() -> argparse.ArgumentParser:
     from cryo_svae.models import CONFIG_CLASSES
+    from cryo_svae.selection import SelectionConfig
     from cryo_svae.simulate import SimulateConfig
 
     parser = argparse.ArgumentParser(
@@ -60,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("inspect.png"), metavar="PNG", help="the montage [inspect.png]"
     )
     config.add_options(inspect, SourceConfig, PreparationConfig)
+    select = add("select", "a part of a job's particles, as a STAR file for the next job")
+    select.add_argument("job", type=Path, metavar="JOB", help="job folder")
+    select.add_argument("--out", type=Path, required=True, metavar="STAR", help="the file to write")
+    config.add_options(select, SelectionConfig)
     simulate = add("simulate", "make particles of a molecule in motion, with their truth")
     simulate.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write")
     simulate.add_argument("--overwrite", action="store_true", help="write over an earlier simulation")
@@ -124,6 +129,14 @@ def _inspect(arguments: dict[str, Any]) -> None:
         print(line)
 
 
+def _select(arguments: dict[str, Any]) -> None:
+    from cryo_svae.selection import SelectionConfig, select
+
+    settings = config.build(SelectionConfig, arguments, "the command line")
+    kept, total = select(arguments["job"], arguments["out"], settings)
+    print(f"{kept:,} of {total:,} particles in {arguments['out']}")
+
+
 def _simulate(arguments: dict[str, Any]) -> None:
     from cryo_svae.errors import OutputError
     from cryo_svae.simulate import SimulateConfig, simulate, write_simulated
@@ -149,6 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command == "inspect":
             _inspect(arguments)
+        elif command == "select":
+            _select(arguments)
         elif command == "simulate":
             _simulate(arguments)
         else:

@@ -7,9 +7,9 @@ after pi, and the real function G = E + O holds all of Y: E, O = (G(phi) ± G(ph
 the arithmetic real: one ``rfft`` over phi gives the angular coefficients g_m(r), m >= 0.
 
 Coefficients are kept for m up to the band limit 2 pi r R/N of an image inside a disc of radius R,
-packed as pairs (ring, order) in planes of real and imaginary parts (b, 2, P), and scaled so that the sum of their squares is the image's own sum of
-squares (Parseval); a Gaussian likelihood of pixels is then one of coefficients. Laws, with the
-pose convention of ``geometry`` (particle I(p) = Ref(R(psi) (p + o))):
+packed as pairs (ring, order) in planes of real and imaginary parts (b, 2, P), and scaled so that the
+sum of their squares is the image's own sum of squares (Parseval); a Gaussian likelihood of pixels is
+then one of coefficients. Laws, with the pose convention of ``geometry``, I(p) = Ref(R(psi) (p + o)):
 
 * rotation:  g_m(r) of the particle = exp(i m psi) g_m(r) of the reference;
 * origin:    centring the particle shifts its content by +o, which multiplies Y by
@@ -205,14 +205,16 @@ class PolarTransform(nn.Module):
         )
         half = self.box_px // 2
         centred = torch.fft.fftshift(field.real, dim=(-2, -1))[:, half:-half, half:-half]
-        return centred * self._deapodise / self.box_px * (self.mask > 0)
+        images: Tensor = centred * self._deapodise / self.box_px * (self.mask > 0)
+        return images
 
     def shift_phase(self, shift_px: Float[Tensor, "*b 2"]) -> Float[Tensor, "*b r a"]:
         """alpha(r, phi) = 2 pi k·shift/N of shifts (x, y) in pixels."""
         phi = 2.0 * math.pi / self.n_angles * torch.arange(self.n_angles, device=shift_px.device)
         radius = 2.0 * math.pi / self.box_px * torch.arange(self.n_rings, device=shift_px.device)
         along = shift_px[..., 0, None] * torch.cos(phi) + shift_px[..., 1, None] * torch.sin(phi)
-        return radius[:, None] * along[..., None, :]
+        alpha: Tensor = radius[:, None] * along[..., None, :]
+        return alpha
 
     def shift(
         self, samples: Float[Tensor, "b r a"], shift_px: Float[Tensor, "b 2"]

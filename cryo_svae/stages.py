@@ -17,6 +17,8 @@ from torch import Tensor
 import cryo_svae
 from cryo_svae import averages, config, export, geometry
 from cryo_svae.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from cryo_svae.class2d import classes_table, write_class2d
+from cryo_svae.class_averages import class_averages
 from cryo_svae.config import (
     ComputeConfig,
     ModelConfig,
@@ -35,6 +37,7 @@ from cryo_svae.job import CHECKPOINT, Job, digest
 from cryo_svae.models import CONFIG_CLASSES, ENGINES
 from cryo_svae.particles import ParticleSet, read_particles
 from cryo_svae.preprocessing import Preparation, plan_preparation, prepared_images
+from cryo_svae.selection import read_job_particles
 from cryo_svae.store import TrainingStore, build_store
 from cryo_svae.training import EPOCH_COLUMNS, Schedule, fit, seed_everything
 
@@ -253,7 +256,7 @@ def write_epochs(path: Path, history: list[dict[str, float]]) -> None:
 def write_estimates(
     job: Job, particles: ParticleSet, checkpoint: Checkpoint, settings: Mapping[str, Any]
 ) -> EstimateTable:
-    """Estimates every particle; writes particles.star, latents.h5, decoded.mrcs and the rest."""
+    """Estimates every particle; writes particles.star, stacks, classes and latents.h5."""
     device = pick_device(settings["device"])
     with job.timed("estimation"):
         table = estimate(checkpoint, ImageSource(particles), device)
@@ -268,7 +271,20 @@ def write_estimates(
     for axis in range(table.z.shape[1] if table.usable.any() else 0):
         points = averages.traversal_points(table, axis)
         write(f"traversal_z{axis + 1}.mrcs", averages.decode(checkpoint, points, device))
-    write_classes(job, classes)
+    with job.timed("averages"):
+        result = class_averages(
+            ImageSource(particles),
+            table,
+            classes.class_number,
+            len(classes.centre),
+            checkpoint.preparation,
+            use_ctf=checkpoint.use_ctf,
+            seed=settings["seed"],
+            device=device,
+        )
+    stack = job.path("classes.mrcs")
+    write(stack.name, torch.from_numpy(result.image))
+    write_tables(job.path("classes.star"), {"classes": classes_table(stack, result, classes.centre)})
     attributes = {
         "program": f"cryo_svae {cryo_svae.__version__}",
         "torch": str(torch.__version__),
@@ -279,23 +295,18 @@ def write_estimates(
     export.write_particles(
         job.path("particles.star"), particles, table, classes.class_number, settings["overwrite_pose"]
     )
+    star, block = read_job_particles(job.folder)
+    write_class2d(
+        job.path("Class2D"),
+        star,
+        block,
+        table,
+        result,
+        particle_diameter_angst=checkpoint.preparation.mask_diameter_angst,
+        use_ctf=checkpoint.use_ctf,
+    )
     log.info("%d classes of %d particles in %s", len(classes.centre), int(table.usable.sum()), job.folder)
     return table
-
-
-def write_classes(job: Job, classes: averages.Classes) -> None:
-    """classes.star: a row a class, its decoded image, size and centre in z."""
-    numbers = range(1, len(classes.centre) + 1)
-    total = max(1, int(classes.n_particles.sum()))
-    columns = {
-        "rlnReferenceImage": [f"{number:06d}@{job.path('decoded.mrcs')}" for number in numbers],
-        "rlnClassNumber": [str(number) for number in numbers],
-        "rlnClassDistribution": [f"{count / total:.6f}" for count in classes.n_particles],
-        "svaeNrParticles": [str(count) for count in classes.n_particles],
-    }
-    for axis in range(classes.centre.shape[1]):
-        columns[f"svaeZ{axis + 1}"] = [f"{value:.8g}" for value in classes.centre[:, axis]]
-    write_tables(job.path("classes.star"), {"classes": columns})
 
 
 def write_record(job: Job, particles: ParticleSet, settings: Mapping[str, Any]) -> None:

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from jaxtyping import install_import_hook
 
-SHAPED = ("geometry", "ctf", "polar", "preprocessing", "models", "averages", "store", "training")
+SHAPED = (
+    "geometry",
+    "ctf",
+    "polar",
+    "preprocessing",
+    "models",
+    "averages",
+    "class_averages",
+    "store",
+    "training",
+)
 install_import_hook([f"cryo_svae.{name}" for name in SHAPED], "beartype.beartype")
 
 import torch  # noqa: E402

@@ -331,3 +331,29 @@ def test_config_yaml_holds_what_was_resolved(make_dataset, tmp_path):
     assert settings["ctf"] is False
     assert settings["epochs"] == 2
     assert settings["mask_diameter"] == 35.0
+
+
+def test_a_selection_of_a_job_is_a_particle_file(make_dataset, tmp_path, capsys):
+    assert run(make_dataset(12), tmp_path / "job", "--classes", "2") == 0
+    out = tmp_path / "best.star"
+    assert main(["select", str(tmp_path / "job"), "--out", str(out), "--top", "50%"]) == 0
+    assert "6 of 12 particles" in capsys.readouterr().out
+    chosen, everything = (
+        read_star(path).block("particles") for path in (out, tmp_path / "job" / "particles.star")
+    )
+    worst = np.sort(everything.numbers("rlnParticleFigureOfMerit"))[-6]
+    assert (chosen.numbers("rlnParticleFigureOfMerit") >= worst).all()
+    assert read_star(out).block("optics").text("rlnVoltage") == ["300.0"]
+    assert main(["select", str(tmp_path / "job"), "--out", str(out)]) == 2
+    assert main(["select", str(tmp_path), "--out", str(out), "--classes", "1"]) == 2
+
+
+def test_averages_stand_beside_the_decoded_classes(make_dataset, tmp_path):
+    assert run(make_dataset(30), tmp_path / "job", "--classes", "2") == 0
+    decoded, averaged = (
+        read_images(tmp_path / "job" / f"{name}.mrcs", np.arange(2)) for name in ("decoded", "classes")
+    )
+    assert decoded.shape == averaged.shape
+    classes = read_star(tmp_path / "job" / "classes.star").block("classes")
+    assert classes.integers("svaeNrParticles").sum() == 30
+    assert (tmp_path / "job" / "Class2D" / "run_it025_model.star").exists()

@@ -37,7 +37,7 @@ def test_samples_are_the_exact_fourier_transform(box_px):
         wave_y = torch.exp(-2j * math.pi / box_px * ky[:, None] * axis)
         exact = torch.einsum("yx,ax,ay->a", image[0].to(torch.complex128), wave_x, wave_y) / box_px
         wanted = (exact.real + exact.imag) * ring_area(polar.n_rings)[ring].sqrt()
-        torch.testing.assert_close(got[ring].double(), wanted, atol=3e-4 * math.sqrt(ring + 1), rtol=0)
+        torch.testing.assert_close(got[ring].double(), wanted, atol=5e-4 * math.sqrt(ring + 1), rtol=0)
 
 
 def test_one_pixel_at_the_centre_is_flat():
@@ -69,7 +69,7 @@ def test_white_noise_has_noise_dof_in_each_ring():
     per_ring = torch.zeros(polar.n_rings).index_add_(0, polar.ring, power)
     ratio = per_ring / polar.noise_dof
     # what the band limit leaves out lies at the edge of the disc
-    assert 0.85 < ratio[3:].min()
+    assert ratio[3:].min() > 0.85
     assert ratio[3:].max() < 1.1
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 NEWTON_STEPS = 4
+REVIVAL = 20.0  # a rise by 3 nats after a valley starts a mode of its own
 FARTHEST_Z = 6.0  # standard deviations of the prior
 PAIRS = 8  # antithetic pairs of importance points
 INFLATION = 1.25  # of the Gaussian the points are drawn from, so that its tails cover the posterior's
@@ -22,22 +23,20 @@ class LocalModel:
 
     gradient:  d log p / dz (b, d).
     curvature: complete-data (Gauss-Newton) information (b, d, d), positive semidefinite.
-    missing:   part of it lost because the pose is unknown (b, d, d).
     """
 
     log_evidence: Float[Tensor, "b"]
     gradient: Float[Tensor, "b d"]
     curvature: Float[Tensor, "b d d"]
-    missing: Float[Tensor, "b d d"]
 
 
 def newton_mode(
     z: Float[Tensor, "b d"], local_model: Callable[[Tensor], LocalModel]
 ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d d"]]:
-    """Mode of p(z | image), and a Cholesky factor of its covariance there (Laplace).
+    """Mode of p(z | image) found from z, and the complete-data information of the likelihood there.
 
-    Gauss-Newton with the complete-data information (an EM step, so it goes up) and step halving
-    where it did not; the covariance takes the missing information into account (Louis 1982).
+    Gauss-Newton steps (with this information they are EM steps, which go up); where one did not go
+    up, the next is a quarter as long.
     """
     identity = torch.eye(z.shape[1], device=z.device)
     here = local_model(z)
@@ -52,9 +51,15 @@ def newton_mode(
         here = _choose(better, there, here)
         z, height = torch.where(better[:, None], trial, z), torch.where(better, trial_height, height)
         stride = torch.where(better[:, None], (2.0 * stride).clamp(max=1.0), 0.25 * stride)
-    values, vectors = torch.linalg.eigh(here.curvature - here.missing + identity)
-    # The prior alone has precision 1; less is a noise ripple, not a flat posterior.
-    return z, vectors * values.clamp(min=1.0).rsqrt()[:, None, :]
+    return z, here.curvature
+
+
+def root_covariance(information: Float[Tensor, "b d d"]) -> Float[Tensor, "b d d"]:
+    """A matrix R with R Rᵀ = (information + I)⁻¹: the posterior covariance under the prior N(0, I)."""
+    values, vectors = torch.linalg.eigh(information)
+    # Less information than none is a ripple of the noise.
+    root: Tensor = vectors * (1.0 + values.clamp(min=0.0)).rsqrt()[:, None, :]
+    return root
 
 
 def _choose(first: Bool[Tensor, "b"], yes: LocalModel, no: LocalModel) -> LocalModel:
@@ -72,14 +77,14 @@ def importance_points(z_dim: int) -> Float[Tensor, "k d"]:
 
 
 def mode_around(probability: Float[Tensor, "b n"], peak: Tensor) -> Bool[Tensor, "b n"]:
-    """The angles of the mode around each peak: to both sides, until the probability doubles again."""
-    b, n = probability.shape
+    """The angles of the mode around each peak: to both sides, until the probability rises again ``REVIVAL``-fold."""
+    n = probability.shape[1]
     index = torch.arange(n, device=probability.device)
     rolled = probability.gather(1, (index + peak[:, None]) % n)
     smooth = rolled.clamp(min=1e-9)
 
     def descends(values: Tensor) -> Tensor:
-        return (values <= 2.0 * values.cummin(1).values).cumprod(1).bool()
+        return (values <= REVIVAL * values.cummin(1).values).cumprod(1).bool()
 
     right, left = descends(smooth), descends(smooth[:, (-index) % n])[:, (-index) % n]
     inside = torch.where(index <= n // 2, right, left)

@@ -21,7 +21,8 @@ def grey_png(image: Grey) -> bytes:
     """A PNG file of an 8-bit grey image (rows, columns), row 0 at the top."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        tail = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + tail
 
     rows, columns = image.shape
     header = struct.pack(">IIBBBBB", columns, rows, 8, 0, 0, 0, 0)

@@ -49,14 +49,15 @@ def no_signal(z: Reals, z_std: Reals, figure_of_merit: Reals) -> list[str]:
     kl, merit = float(kl_of_z(z, z_std).sum()), float(np.median(figure_of_merit))
     if kl < KL_OF_NOTHING_NATS:
         found.append(
-            f"The latent space is empty: z carries {kl:.3f} nats a particle, so every particle gets the same "
-            "image and the classes mean nothing. Train for longer, check the contrast (--invert) and the "
-            "particle diameter (--mask-diameter), or accept that the particles do not differ."
+            f"The latent space is empty: z carries {kl:.3f} nats a particle, so every particle gets the "
+            "same image and the classes mean nothing. Train for longer, check the contrast (--invert) "
+            "and the particle diameter (--mask-diameter), or accept that the particles do not differ."
         )
     if merit < MERIT_OF_NOTHING:
         found.append(
             f"No signal found: the median figure of merit is {merit:.3f}, so the model explains next to "
-            "nothing of the images. Check the contrast (--invert), the CTF and the picks; then train for longer."
+            "nothing of the images. Check the contrast (--invert), the CTF and the picks; then train for "
+            "longer."
         )
     return found
 
@@ -67,8 +68,8 @@ def wrong_contrast(score: float | None, inverted: bool) -> list[str]:
         return []
     remedy = "run again without --invert" if inverted else "run again with --invert"
     return [
-        f"The contrast seems wrong: the middle of the particles is {-score:.0f} standard errors darker than "
-        f"their background, and the model expects white particles. If the protein is dark, {remedy}."
+        f"The contrast seems wrong: the middle of the particles is {-score:.0f} standard errors darker "
+        f"than their background, and the model expects white particles. If the protein is dark, {remedy}."
     ]
 
 
@@ -102,16 +103,18 @@ def shifts_at_limit(
         surprise = stats.binom.sf(far - 1, n_particles, FAR_SHARE)
         if far > FAR_EXCESS * FAR_SHARE * n_particles and surprise < SIGNIFICANCE:
             found.append(
-                f"{far / n_particles:.0%} of the shifts are longer than {FAR_SHIFT * prior_std_angst:.1f} Å "
-                f"({FAR_SHIFT:g} standard deviations of the prior), where {FAR_SHARE:.0%} would be expected: "
-                "the prior holds particles back. Raise --shift-std and --max-shift, or centre the particles."
+                f"{far / n_particles:.0%} of the shifts are longer than {FAR_SHIFT * prior_std_angst:.1f} "
+                f"Å ({FAR_SHIFT:g} standard deviations of the prior), where {FAR_SHARE:.0%} would be "
+                "expected: the prior holds particles back. Raise --shift-std and --max-shift, or centre "
+                "the particles."
             )
     if max_shift_angst is not None and max_shift_angst > 0:
         share = float((radius > AT_LIMIT * max_shift_angst).mean())
         if share > AT_LIMIT_SHARE:
             found.append(
-                f"{share:.0%} of the shifts end at the limit of the search ({max_shift_angst:.1f} Å): the true "
-                "ones may be longer. Raise --max-shift, or centre the particles and extract them again."
+                f"{share:.0%} of the shifts end at the limit of the search ({max_shift_angst:.1f} Å): the "
+                "true ones may be longer. Raise --max-shift, or centre the particles and extract them "
+                "again."
             )
     return found
 
@@ -158,8 +161,8 @@ def explained(z: Reals, columns: Reals) -> Reals:
 
 
 _WHY = {
-    "psi": "the in-plane angle leaks into the content, so classes may hold one view at several angles. Train "
-    "for longer, or use --engine steerable, which sums angles out.",
+    "psi": "the in-plane angle leaks into the content, so classes may hold one view at several angles. "
+    "Train for longer, or use --engine steerable, which sums angles out.",
     "shift": "the position in the box leaks into the content. Raise --max-shift, centre the particles, or "
     "train for longer.",
     "defocus": "the latent space partly sorts particles by defocus rather than by structure. Model the CTF "
@@ -199,14 +202,15 @@ def preferred_angles(psi_deg: Reals, class_number: Integers, n_classes: int) -> 
     """In-plane angles that cluster, overall or within classes."""
     advice = (
         "A search that stuck gives this (train for longer, or use --engine steerable); so does a symmetric "
-        "particle, where it is harmless, and directional structure in the images (edges, gradients, overlaps)."
+        "particle, where it is harmless, and directional structure in the images (edges, gradients, "
+        "overlaps)."
     )
     found = []
     strength, order, chance = clustering(psi_deg)
     if strength >= CLUSTERING_THAT_MATTERS and chance < SIGNIFICANCE:
         found.append(
-            f"In-plane angles are not flat over all particles: strength {strength:.2f} (0 flat, 1 all alike), "
-            f"{_around(order)}. {advice}"
+            f"In-plane angles are not flat over all particles: strength {strength:.2f} (0 flat, 1 all "
+            f"alike), {_around(order)}. {advice}"
         )
     uneven: list[tuple[float, int]] = []
     order_of_psi = np.argsort(class_number, kind="stable")
@@ -238,8 +242,8 @@ def unusable_images(usable: NDArray[np.bool_]) -> list[str]:
     first = ", ".join(str(row + 1) for row in np.flatnonzero(~usable)[:5]) + (", …" if bad > 5 else "")
     noun, verb = ("image holds", "was") if bad == 1 else ("images hold", "were")
     return [
-        f"{bad:,} of {len(usable):,} {noun} NaN or no contrast (particle {first}) and {verb} left out, with "
-        "figure of merit 0. Check the job that wrote the stacks."
+        f"{bad:,} of {len(usable):,} {noun} NaN or no contrast (particle {first}) and {verb} left out, "
+        "with figure of merit 0. Check the job that wrote the stacks."
     ]
 
 
@@ -252,6 +256,6 @@ def tiny_classes(sizes: Integers) -> list[str]:
         return []
     listed = ", ".join(map(str, tiny[:8])) + (", …" if len(tiny) > 8 else "")
     return [
-        f"{len(tiny)} of {len(sizes)} classes hold fewer than {TINY_CLASS} particles (class {listed}): their "
-        "averages are mostly noise. Ask for fewer classes (--classes), or discard these."
+        f"{len(tiny)} of {len(sizes)} classes with fewer than {TINY_CLASS} particles (class {listed}): such "
+        "averages are mostly noise. Ask for fewer classes (--classes), or discard them."
     ]

@@ -1,0 +1,168 @@
+"""Exact posteriors of single particles under a trained steerable engine.
+
+Origins are searched from coarse to fine; then z goes from the encoder's answer to the mode of
+p(z | image), the pose summed out, and importance points around it give the means, spreads and the
+evidence. Nothing of the engine is changed, and no particle depends on its neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import threshold
+
+from cryo_svae.geometry import wrap_radians
+from cryo_svae.models.engine import Batch, Posterior
+from cryo_svae.models.pose_posterior import NEGLIGIBLE, Look, disc_of_points, mean_origin
+from cryo_svae.models.refinement import (
+    INFLATION,
+    LocalModel,
+    importance_points,
+    newton_mode,
+    root_covariance,
+    summarise_angle,
+)
+
+if TYPE_CHECKING:
+    from cryo_svae.models.steerable import SteerableEngine
+
+COARSE_STEP_PX = 1.5  # of the first search of origins
+COARSE_CONTENTS = 4  # contents it is tried with
+FINE_DISC = 2.3  # radius of the last grid of origins, in steps of one posterior standard deviation
+FINE_STEP_PX = (0.15, 1.0)  # least and greatest such step
+
+
+class PosteriorSearch:
+    """Finds posteriors of batches of particles for one engine."""
+
+    def __init__(self, engine: SteerableEngine) -> None:
+        self.engine = engine
+        self.points = importance_points(engine.z_dim).to(engine.noise_variance)
+
+    def posterior(self, batch: Batch) -> Posterior:
+        """Posterior of each particle."""
+        engine = self.engine
+        here, z, step_px = self._first_guess(batch)
+        offsets = disc_of_points(FINE_DISC if engine.shifts else 0.0, here.device) * step_px[:, None, None]
+        origins = here[:, None] + offsets
+        look, _ = engine.look(batch, here, offsets)
+        log_prior = engine.log_prior(origins, step_px)
+        mode, curvature = newton_mode(z, lambda at: self._local_model(at, look, log_prior))
+        root = root_covariance(curvature - self._missing_information(mode, look, log_prior))
+        log_weights, probability = self._weigh(mode, root, look, log_prior)
+        weight = torch.softmax(log_weights, 1)
+        at = mode[:, None] + self.points @ root.mT
+        z_mean = (weight[..., None] * at).sum(1)
+        z_variance = (weight[..., None] * (at - z_mean[:, None]).square()).sum(1)
+        volume = torch.linalg.slogdet(root).logabsdet + engine.z_dim * math.log(INFLATION)
+        log_evidence = torch.logsumexp(log_weights, 1) - math.log(len(self.points)) + volume
+        psi, psi_std, second_mode = summarise_angle(probability.sum(1))
+        by_origin = probability.sum(2)
+        origin = (by_origin[..., None] * origins).sum(1)
+        origin_variance = (by_origin * (origins - origin[:, None]).square().sum(-1)).sum(1) / 2
+        return Posterior(
+            z_mean=z_mean,
+            z_std=z_variance.sqrt(),
+            psi_rad=wrap_radians(psi),
+            psi_std_rad=psi_std,
+            origin_px=origin,
+            origin_std_px=origin_variance.sqrt(),
+            figure_of_merit=2.0 * log_evidence / engine.signal_energy.clamp(min=1.0),
+            log_likelihood=engine.empty_image(batch) + log_evidence,
+            second_mode=second_mode,
+        )
+
+    def _weigh(
+        self,
+        mode: Float[Tensor, "b d"],
+        root: Float[Tensor, "b d d"],
+        look: Look,
+        log_prior: Float[Tensor, "b t"],
+    ) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b t n"]]:
+        """Log importance weights of the points mode + root x, and the pose posterior they average to."""
+        log_weights, top = [], torch.full_like(mode[:, 0], -math.inf)
+        probability = torch.zeros(())
+        for point in self.points:
+            at = mode + root @ point
+            pose = look.posterior(self.engine.generator(at), log_prior)
+            log_proposal = -0.5 * (point / INFLATION).square().sum()
+            log_weight = pose.log_evidence - 0.5 * at.square().sum(1) - log_proposal
+            log_weights.append(log_weight)
+            new_top = torch.maximum(top, log_weight)
+            fade, gain = (threshold(torch.exp(w - new_top), NEGLIGIBLE, 0.0) for w in (top, log_weight))
+            probability = probability * fade[:, None, None] + pose.probability * gain[:, None, None]
+            top = new_top
+        return torch.stack(log_weights, 1), probability / probability.sum((1, 2), keepdim=True)
+
+    def _first_guess(
+        self, batch: Batch
+    ) -> tuple[Float[Tensor, "b 2"], Float[Tensor, "b d"], Float[Tensor, "b"]]:
+        """Origins, encoded z, and the posterior standard deviation of the origin's components in px."""
+        engine = self.engine
+        nowhere = torch.zeros(len(batch), 2, device=engine.noise_variance.device)
+        if not engine.shifts:
+            _, restored = engine.look(batch, nowhere, nowhere[:1])
+            return nowhere, engine.encode(restored)[0], nowhere[:, 0]
+        here = self._coarse_origins(batch, nowhere)
+        step_px = torch.full_like(here[:, 0], COARSE_STEP_PX / 2.0)
+        for finest_px in (COARSE_STEP_PX / 4.0, FINE_STEP_PX[0]):
+            offsets = disc_of_points(2.0, here.device) * step_px[:, None, None]
+            look, restored = engine.look(batch, here, offsets)
+            origins = here[:, None] + offsets
+            content = engine.generator(engine.encode(restored)[0])
+            pose = look.posterior(content, engine.log_prior(origins, step_px))
+            here, variance = mean_origin(pose, origins)
+            here = engine.within_reach(here)
+            step_px = variance.sqrt().clamp(finest_px, FINE_STEP_PX[1])
+        _, restored = engine.look(batch, here, nowhere[:1])
+        return here, engine.encode(restored)[0], step_px
+
+    def _coarse_origins(self, batch: Batch, nowhere: Float[Tensor, "b 2"]) -> Float[Tensor, "b 2"]:
+        """Best of a grid over the whole disc of origins, for a few contents drawn from the prior."""
+        engine = self.engine
+        offsets = (
+            disc_of_points(engine.config.max_shift_px / COARSE_STEP_PX, nowhere.device) * COARSE_STEP_PX
+        )
+        look, _ = engine.look(batch, nowhere, offsets)
+        evidence = []
+        for content in engine.generator(self.points[:COARSE_CONTENTS]):
+            everywhere = content.expand(len(batch), -1, -1)
+            scores = look.inner(everywhere) - 0.5 * look.energy(everywhere)[:, None]
+            evidence.append(torch.logsumexp(scores, -1))
+        by_origin = torch.logsumexp(torch.stack(evidence), 0)
+        prior = engine.log_prior(offsets.expand(len(batch), -1, -1), COARSE_STEP_PX)
+        return offsets[(by_origin + prior).argmax(1)]
+
+    def _slopes(self, z: Float[Tensor, "b d"]) -> tuple[Float[Tensor, "b 2 p"], Float[Tensor, "d b 2 p"]]:
+        """Generated coefficients, and their derivatives by each component of z."""
+        units = torch.eye(z.shape[1], device=z.device)[:, None].expand(-1, len(z), -1)
+        return self.engine.generator.along(z, units)
+
+    def _local_model(
+        self, z: Float[Tensor, "b d"], look: Look, log_prior: Float[Tensor, "b t"]
+    ) -> LocalModel:
+        content, slopes = self._slopes(z)
+        pose = look.posterior(content, log_prior)
+        gradient = torch.einsum("dbcp,bcp->bd", slopes, pose.aligned - pose.filtered)
+        psi = pose.probability.sum(1)
+        filtered = torch.stack([look.filtered(slope, psi) for slope in slopes])
+        curvature = torch.einsum("dbcp,ebcp->bde", slopes, filtered)
+        return LocalModel(pose.log_evidence, gradient, curvature)
+
+    def _missing_information(
+        self, z: Float[Tensor, "b d"], look: Look, log_prior: Float[Tensor, "b t"]
+    ) -> Float[Tensor, "b d d"]:
+        """Information on z lost because the pose is unknown: covariance of the score over poses.
+
+        Louis 1982, J. R. Stat. Soc. B 44, 226.
+        """
+        content, slopes = self._slopes(z)
+        probability = look.posterior(content, log_prior).probability
+        scores = torch.stack([look.inner(slope) for slope in slopes], 1)
+        mean = (probability[:, None] * scores).sum((2, 3))
+        centred = (scores - mean[..., None, None]).flatten(2)
+        return (centred * probability.flatten(1)[:, None]) @ centred.mT

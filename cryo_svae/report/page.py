@@ -1,0 +1,569 @@
+"""The page: ReportData in, one HTML file out that needs nothing else to be read."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cryo_svae.formats.atomic import atomic_path
+from cryo_svae.report import charts, warnings
+from cryo_svae.report.charts import Frame
+from cryo_svae.report.data import ClassAverages, LearningCurve, ReportData, Traversal
+from cryo_svae.report.png import LARGEST_SIDE_PX, data_uri, sheet, shrink, smooth, to_grey
+from cryo_svae.report.scatter import scatter_payload
+
+Reals = NDArray[np.floating[Any]]
+
+PSI_BINS = 36
+BINS = 40
+SMOOTHING_SHARE_OF_BOX = 0.03
+LARGEST_MANIFOLD_PX = 1200
+LARGEST_STRIP_TILE_PX = 96
+
+OUTPUTS = {
+    "particles.star": "the input with pose, class, figure of merit and z of every particle added",
+    "particles.cs": "the same in CryoSPARC's form",
+    "latents.h5": "z, pose, class and merit as arrays, for notebooks",
+    "decoded.mrcs": "the generator's image at each class centre, without noise or CTF",
+    "classes.mrcs": "CTF-corrected averages of the aligned particles of each class",
+    "classes.star": "size, resolution and centre in z of each class",
+    "Class2D": "the classes in the form that RELION's class selection reads",
+    "traversal": "decoded images along one direction of the latent space",
+    "model.pt": "the trained model; cryo-svae estimate applies it to other particles",
+    "epochs.tsv": "the learning curve, an epoch a row",
+    "config.yaml": "every setting of the run, from which it repeats",
+    "run.json": "versions, seed, inputs with digests, timings, warnings",
+    "run.log": "what the run said",
+}
+
+
+def write_report(path: Path, data: ReportData) -> None:
+    """Writes the page, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(page(data), encoding="utf-8")
+
+
+def page(data: ReportData) -> str:
+    """The whole page as HTML."""
+    colours = charts.class_colours(data.n_classes)
+    r2 = explained_by_nuisance(data)
+    sections = [
+        ("classes", "Classes", _classes(data, colours)),
+        ("latent", "Latent space", _latent(data)),
+        ("manifold", "Manifold", _manifold(data)),
+        ("traversals", "Traversals", _traversals(data)),
+        ("examples", "Particles", _examples(data)),
+        ("poses", "Poses and merit", _distributions(data)),
+        ("leaks", "What z follows", _leaks(data, r2)),
+        ("resolution", "Resolution", _resolution(data, colours)),
+        ("learning", "Learning", _learning(data.learning)),
+        ("files", "Files", _files(data)),
+    ]
+    shown = [(key, title, body) for key, title, body in sections if body]
+    links = "".join(f'<a href="#{key}">{title}</a>' for key, title, _ in shown)
+    bodies = "".join(f'<section id="{key}"><h2>{title}</h2>{body}</section>' for key, title, body in shown)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(data.title)} · cryo_svae</title><style>{_own('report.css')}</style></head>"
+        f"<body><header>{_header(data)}</header><nav>{links}</nav>"
+        f"<main>{_warnings(list_warnings(data, r2), data)}{bodies}</main>"
+        f"<footer>{_footer(data)}</footer>"
+        f'<script type="application/json" id="particles">{_json(scatter_payload(data, colours))}</script>'
+        f"<script>{_own('report.js')}</script></body></html>\n"
+    )
+
+
+def _own(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _json(payload: object) -> str:
+    """JSON that cannot end the script element that holds it."""
+    text = json.dumps(payload, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _image(pixels: NDArray[np.uint8], alt: str) -> str:
+    height, width = pixels.shape
+    return f'<img src="{data_uri(pixels)}" width="{width}" height="{height}" alt="{escape(alt)}">'
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def _angst(value: float, digits: int = 1) -> str:
+    return f"{value:.{digits}f} Å" if np.isfinite(value) else "—"
+
+
+# Summary and warnings -------------------------------------------------------------------------
+
+
+def explained_by_nuisance(data: ReportData) -> dict[str, Reals]:
+    """R² of each dimension of z (d,) on psi, shift and defocus, as far as they are known."""
+    good = data.usable
+    tables = warnings.regressors(
+        data.psi_deg[good] if data.pose_found else None,
+        data.origin_angst[good] if data.pose_found else None,
+        None if data.defocus_angst is None else data.defocus_angst[good],
+    )
+    return {name: warnings.explained(data.z[good], table) for name, table in tables.items()}
+
+
+def list_warnings(data: ReportData, r2: dict[str, Reals]) -> list[str]:
+    """Every warning of the job, the gravest first."""
+    good = data.usable
+    found = warnings.no_signal(data.z[good], data.z_std[good], data.figure_of_merit[good])
+    found += warnings.wrong_contrast(data.contrast_score, data.inverted)
+    found += warnings.unusable_images(good)
+    found += warnings.ctf_missing(data.ctf_used, data.defocus_angst is not None)
+    if data.pose_found:
+        origins = data.origin_angst[good]
+        found += warnings.shifts_at_limit(origins, data.shift_prior_angst, data.max_shift_angst)
+    found += warnings.dependence(r2)
+    if data.pose_found:
+        found += warnings.preferred_angles(data.psi_deg[good], data.class_number[good], data.n_classes)
+    return found + warnings.tiny_classes(data.class_sizes)
+
+
+def _header(data: ReportData) -> str:
+    facts = [
+        (f"{data.n_particles:,}", "particles"),
+        (f"{data.box_px} px", f"at {data.pixel_size_angst:.3g} Å"),
+        (data.engine, "engine"),
+        (f"{data.z_dim}-D", "latent space"),
+        (str(data.n_classes), "class" if data.n_classes == 1 else "classes"),
+    ]
+    if data.averages is not None and np.isfinite(data.averages.resolution_angst).any():
+        facts.append((_angst(float(np.nanmin(data.averages.resolution_angst))), "best class"))
+    listed = "".join(f"<div><dt>{label}</dt><dd>{escape(value)}</dd></div>" for value, label in facts)
+    return (
+        f"<h1>{escape(data.title)}</h1>"
+        f'<p class="source">from <code>{escape(data.particles_file)}</code></p><dl>{listed}</dl>'
+    )
+
+
+def _warnings(found: list[str], data: ReportData) -> str:
+    if not found:
+        checked = ["signal", "images", "CTF", "class sizes"]
+        checked += [] if data.contrast_score is None else ["contrast"]
+        checked += ["shifts", "in-plane angles", "what z follows"] if data.pose_found else []
+        return f'<aside class="fine"><h2>No warnings</h2><p>Checked: {", ".join(checked)}.</p></aside>'
+    items = "".join(f"<li>{escape(text)}</li>" for text in found)
+    title = _plural(len(found), "warning")
+    return f'<aside class="warn" role="alert"><h2>{title}</h2><ul>{items}</ul></aside>'
+
+
+# Classes --------------------------------------------------------------------------------------
+
+
+def _classes(data: ReportData, colours: list[str]) -> str:
+    decoded = to_grey(shrink(data.decoded), together=False)
+    averages = None if data.averages is None else to_grey(shrink(data.averages.image), together=False)
+    cards = []
+    for k in range(data.n_classes):
+        pictures = _image(decoded[k], f"decoded image of class {k + 1}")
+        if averages is not None:
+            pictures += _image(averages[k], f"average of class {k + 1}")
+        cards.append(_class_card(data, k, pictures, colours[k]))
+    command = f"cryo-svae select {shlex.quote(data.job)} --classes "
+    intro = "The generator’s image at each class centre. "
+    if data.averages is not None:
+        intro = (
+            "Left, the generator’s image at the class centre; right, the average of its aligned particles, "
+            "with the resolution of its two half-sets and their FRC up to Nyquist (dashed: 0.143). "
+        )
+    return (
+        f"<p>{intro}Each image has its own grey scale. Tick classes to get the command that keeps them.</p>"
+        f'<div class="cards{"" if averages is None else " pairs"}">{"".join(cards)}</div>'
+        f'<p class="command" id="keep" data-command="{escape(command)}" hidden>'
+        "<span></span> <code></code></p>"
+    )
+
+
+def _class_card(data: ReportData, k: int, pictures: str, colour: str) -> str:
+    size, merit = int(data.class_sizes[k]), float(data.class_merits[k])
+    share = size / max(1, int(data.class_sizes.sum()))
+    lines = f"<span>{size:,}</span> <span>{share:.1%}</span>"
+    detail = f'<span title="mean figure of merit">merit {merit:.2f}</span>' if np.isfinite(merit) else ""
+    spark = ""
+    if data.averages is not None:
+        resolution, half = data.averages.resolution_angst[k], data.averages.resolution_05_angst[k]
+        title = f"{_angst(resolution)} at 0.143, {_angst(half)} at 0.5"
+        detail = f'<strong title="{title}">{_angst(resolution)}</strong> {detail}'
+        spark = charts.sparkline(data.averages.frc[k], colour, 0.143)
+    return (
+        f'<label class="card" data-class="{k + 1}" data-size="{size}">'
+        f'<span class="pictures">{pictures}</span>'
+        f'<span class="line"><input type="checkbox" aria-label="keep class {k + 1}">'
+        f'<b style="color:{colour}">{k + 1}</b> {lines}</span>'
+        f'<span class="line">{detail}</span>{spark}</label>'
+    )
+
+
+# Latent space ---------------------------------------------------------------------------------
+
+
+def _latent(data: ReportData) -> str:
+    command = f"cryo-svae select {shlex.quote(data.job)} --particles particles.txt"
+    return (
+        "<p>Each point is a particle; numbers mark class centres. Point at one to see which it is. Draw "
+        "around some to choose them (with Shift, to add more), then save their numbers.</p>"
+        '<div class="latent"><div class="plot"><canvas id="points"></canvas><canvas id="overlay"></canvas>'
+        '<div id="tip" hidden></div></div><div class="panel">'
+        '<label>Across <select id="across"></select></label><label>Up <select id="up"></select></label>'
+        '<label>Colour <select id="colour"></select></label><div id="legend"></div>'
+        '<div id="chosen"><p id="count" aria-live="polite">No particle chosen.</p>'
+        '<button id="save" disabled>Save list</button> <button id="clear" disabled>Clear</button>'
+        f'<p class="then" id="then" hidden>then <code>{escape(command)}</code></p></div>'
+        '<p class="note" id="sampling"></p></div></div>'
+    )
+
+
+def _manifold(data: ReportData) -> str:
+    if data.manifold is None:
+        return ""
+    across, up = np.argsort(data.manifold.z1), np.argsort(-data.manifold.z2)
+    rows, columns = len(up), len(across)
+    tile = min(LARGEST_SIDE_PX, LARGEST_MANIFOLD_PX // max(rows, columns))
+    images = shrink(data.manifold.image, tile)[up][:, across]
+    picture = _image(sheet(to_grey(images, together=True)), "decoded images over the latent space")
+    z1, z2 = data.manifold.z1[across], data.manifold.z2[up]
+    two = data.z_dim > 1 and rows > 1
+    left = f'<div class="up">{_ends(z2[0], "z2", z2[-1])}</div>' if two else ""
+    below = f'<div class="across">{_ends(z1[0], "z1", z1[-1])}</div>'
+    rest = ", the other dimensions at their means" if data.z_dim > (2 if two else 1) else ""
+    kind = "manifold strip" if rows == 1 else "manifold"
+    where = "the first two latent dimensions" if two else "the first latent dimension"
+    return (
+        f"<p>What the generator makes of points over {where}{rest}, in one pose, without noise or CTF; "
+        f'one grey scale for all.</p><div class="{kind}">{left}{picture}{below}</div>'
+    )
+
+
+def _ends(first: float, name: str, last: float) -> str:
+    low, high = charts.number_text(round(first, 2)), charts.number_text(round(last, 2))
+    return f"<span>{low}</span><b>{name}</b><span>{high}</span>"
+
+
+def _traversals(data: ReportData) -> str:
+    if not data.traversals:
+        return ""
+    figures = "".join(_traversal(traversal) for traversal in data.traversals)
+    return (
+        "<p>Decoded images along one direction, the others at their means, on one grey scale. "
+        f'What moves here is what the model found to vary.</p><div class="traversals">{figures}</div>'
+    )
+
+
+def _traversal(traversal: Traversal) -> str:
+    tiles = to_grey(shrink(traversal.image, LARGEST_STRIP_TILE_PX), together=True)
+    strip = _image(sheet(tiles[None]), f"decoded images along {traversal.label}")
+    label, last = escape(traversal.label), len(tiles) - 1
+    values = escape(json.dumps([round(float(value), 4) for value in traversal.values]))
+    return (
+        f'<figure class="traversal" data-label="{label}" data-values="{values}"><canvas></canvas><div>'
+        f"<figcaption><b>{label}</b> <output></output></figcaption>"
+        f'<div class="strip">{strip}<i></i></div><div class="player"><button>Pause</button>'
+        f'<input type="range" min="0" max="{last}" value="0" aria-label="place along '
+        f'{label}"></div></div></figure>'
+    )
+
+
+def _examples(data: ReportData) -> str:
+    if data.examples is None or len(data.examples.number) == 0:
+        return ""
+    images = shrink(data.examples.image)
+    raw = to_grey(images, together=False)
+    smoothed = to_grey(smooth(images, SMOOTHING_SHARE_OF_BOX * images.shape[-1]), together=False)
+    models = to_grey(shrink(data.examples.reconstruction), together=False)
+    figures = []
+    for k, number in enumerate(data.examples.number.tolist()):
+        row = number - 1
+        pictures = _image(raw[k], f"particle {number}")
+        pictures += _image(smoothed[k], f"particle {number}, smoothed")
+        pictures += _image(models[k], f"reconstruction of particle {number}")
+        figures.append(
+            f'<figure class="example"><div class="pictures">{pictures}</div>'
+            f"<figcaption><b>{number:,}</b> class {data.class_number[row]}, "
+            f"merit {data.figure_of_merit[row]:.2f}</figcaption></figure>"
+        )
+    return (
+        "<p>Particles as the model sees them, the same smoothed for the eye, and their reconstructions "
+        "in the pose that was found. All three should show the same thing in the same place at the same "
+        f'angle; each has its own grey scale.</p><div class="examples">{"".join(figures)}</div>'
+    )
+
+
+# Distributions --------------------------------------------------------------------------------
+
+
+def _distributions(data: ReportData) -> str:
+    if not data.usable.any():
+        return ""
+    good = data.usable
+    merit = data.figure_of_merit[good]
+    parts = []
+    if data.pose_found:
+        parts += _shift_charts(data.origin_angst[good], data.shift_prior_angst)
+        psi = charts.histogram(
+            (data.psi_deg[good].astype(np.float64) + 180.0) % 360.0 - 180.0,
+            (-180.0, 180.0),
+            PSI_BINS,
+            x_label="psi (°)",
+            title="histogram of in-plane angles",
+            expected=lambda edges: np.diff(edges) / 360.0,
+            band=True,
+            x_ticks=(-180, -90, 0, 90, 180),
+        )
+        strength, order, _ = warnings.clustering(data.psi_deg[good])
+        text = "In-plane angles: flat, within the band that chance allows, is as it should be. "
+        text += f"Strongest clustering {strength:.2f} of 1"
+        text += "." if order == 1 else f" (around {order} angles)."
+        parts.append((psi, text))
+    low, high = min(0.0, float(np.percentile(merit, 0.1))), float(np.percentile(merit, 99.9))
+    drawn = charts.histogram(
+        merit, (low, max(high, low + 1e-3)), BINS, x_label="figure of merit", title="histogram of merit"
+    )
+    text = f"Figure of merit: higher is better, about 0 for junk; median {np.median(merit):.2f}."
+    return _figures([*parts, (drawn, text)])
+
+
+def _shift_charts(origin_angst: Reals, prior_std_angst: float | None) -> list[tuple[str, str]]:
+    radius = np.hypot(origin_angst[:, 0], origin_angst[:, 1]).astype(np.float64)
+    reach = max(float(np.percentile(radius, 99.5)), 1e-3)
+    radial = charts.histogram(
+        radius,
+        (0.0, reach),
+        BINS,
+        x_label="length of the shift (Å)",
+        title="histogram of shift lengths",
+        expected=None if prior_std_angst is None else lambda edges: _rayleigh(edges, prior_std_angst),
+    )
+    text = f"Length of the shifts; median {_angst(float(np.median(radius)))}."
+    if prior_std_angst is not None:
+        text += f" The line is the prior, {_angst(prior_std_angst)} on each axis."
+    drawn = _shift_map(origin_angst, reach)
+    return [(drawn, "Shifts (rlnOriginXAngst, rlnOriginYAngst), y downwards as in RELION."), (radial, text)]
+
+
+def _rayleigh(edges: Reals, std: float) -> Reals:
+    survival = np.exp(-((edges / std) ** 2) / 2)
+    return np.asarray(survival[:-1] - survival[1:])
+
+
+def _shift_map(origin_angst: Reals, reach: float) -> str:
+    n_bins = 48
+    clipped = np.clip(origin_angst.astype(np.float64), -reach, reach)
+    counts, _, _ = np.histogram2d(
+        clipped[:, 1], clipped[:, 0], bins=n_bins, range=[(-reach, reach), (-reach, reach)]
+    )
+    top = max(float(counts.max()), 1.0)
+    side, left, upper = charts.HEIGHT - charts.TOP - charts.BOTTOM, 121, charts.TOP
+    cell = side / n_bins
+    squares = []
+    for row, column in zip(*np.nonzero(counts), strict=True):
+        level = 0.12 + 0.88 * (counts[row, column] / top) ** 0.5
+        squares.append(
+            f'<rect x="{left + column * cell:.2f}" y="{upper + row * cell:.2f}" width="{cell:.2f}" '
+            f'height="{cell:.2f}" opacity="{level:.2f}"/>'
+        )
+    labels = []
+    for value in charts.ticks(-reach, reach, most=5):
+        place = (value + reach) / (2 * reach) * side
+        text = charts.number_text(value)
+        labels.append(f'<text x="{left - 7}" y="{upper + place + 4:.1f}" text-anchor="end">{text}</text>')
+        x = left + place
+        labels.append(f'<text x="{x:.1f}" y="{upper + side + 17}" text-anchor="middle">{text}</text>')
+    cross = f"M{left} {upper + side / 2}h{side}M{left + side / 2} {upper}v{side}"
+    middle = left + side / 2
+    return (
+        f'<svg class="chart" viewBox="0 0 {charts.WIDTH} {charts.HEIGHT}" role="img" aria-label="map of '
+        f'shifts">'
+        f'<rect class="frame" x="{left}" y="{upper}" width="{side}" height="{side}"/>'
+        f'<path class="grid" d="{cross}"/><g class="heat">{"".join(squares)}</g>{"".join(labels)}'
+        f'<text class="label" x="{middle}" y="{charts.HEIGHT - 5}" text-anchor="middle">x (Å)</text>'
+        f'<text class="label" transform="translate({left - 42} {upper + side / 2}) rotate(-90)" '
+        'text-anchor="middle">y (Å)</text></svg>'
+    )
+
+
+def _leaks(data: ReportData, r2: dict[str, Reals]) -> str:
+    if not r2:
+        return ""
+    names = {"psi": "in-plane angle", "shift": "shift", "defocus": "defocus"}
+    kl = warnings.kl_of_z(data.z[data.usable], data.z_std[data.usable])
+    head = "".join(f"<th>{names[name]}</th>" for name in r2)
+    rows = []
+    for axis in range(data.z_dim):
+        cells = "".join(_leak_cell(float(values[axis])) for values in r2.values())
+        rows.append(f"<tr><th>z{axis + 1}</th><td>{kl[axis]:.2f}</td>{cells}</tr>")
+    return (
+        "<p>z should hold what the particle is, not how it lies or how it was imaged. Each cell is the "
+        "share of a dimension’s variance (R², adjusted; 0 where chance explains it) that a regression on "
+        f"the nuisance explains; {warnings.R2_THAT_MATTERS:g} or more gives a warning. A dimension of "
+        "about 0 nats is not in "
+        f'use.</p><table class="leaks"><thead><tr><th></th><th>content (nats)</th>{head}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def _leak_cell(value: float) -> str:
+    mark = ' class="high"' if value >= warnings.R2_THAT_MATTERS else ""
+    return f'<td{mark}><i style="width:{100 * value:.1f}%"></i><span>{value:.3f}</span></td>'
+
+
+# Curves ---------------------------------------------------------------------------------------
+
+
+def _resolution(data: ReportData, colours: list[str]) -> str:
+    averages = data.averages
+    if averages is None:
+        return ""
+    frequency = averages.frequency_per_angst
+    frame = Frame((0.0, float(frequency.max())), (-0.2, 1.02))
+    body = "".join(
+        f'<path class="level" d="{frame.path(np.array(frame.x), np.array([level, level]))}"/>'
+        for level in (0.143, 0.5)
+    )
+    for k in range(data.n_classes):
+        title = f"class {k + 1}: {_angst(float(averages.resolution_angst[k]))}"
+        body += (
+            f'<path class="curve" stroke="{colours[k]}" d="{frame.path(frequency, averages.frc[k])}">'
+            f"<title>{title}</title></path>"
+        )
+    filled = np.flatnonzero(np.isfinite(averages.frc).any(1))
+    if len(filled):
+        median = np.nanmedian(averages.frc[filled], axis=0)
+        body += f'<path class="median" d="{frame.path(frequency, median)}"><title>median</title></path>'
+    curves = charts.chart(
+        frame,
+        body,
+        x_label="resolution (Å)",
+        y_label="FRC",
+        title="Fourier ring correlation of each class",
+        x_text=lambda value: "∞" if value == 0 else f"{1 / value:.3g}",
+    )
+    text = (
+        "Fourier ring correlation of the half-sets of each class (point at a curve for its class), their "
+        "median in bold; dotted at 0.5 and 0.143."
+    )
+    by_size = _resolution_by_size(data, averages, colours)
+    return _figures([(curves, text), (by_size, "Resolution at 0.143 against class size.")])
+
+
+def _resolution_by_size(data: ReportData, averages: ClassAverages, colours: list[str]) -> str:
+    known = np.flatnonzero(np.isfinite(averages.resolution_angst) & (data.class_sizes > 0))
+    if len(known) == 0:
+        return ""
+    sizes, resolutions = np.log10(data.class_sizes[known]), averages.resolution_angst[known]
+    frame = Frame(
+        (float(sizes.min()) - 0.1, float(sizes.max()) + 0.1),
+        (0.0, 1.1 * float(resolutions.max())),
+    )
+    body, taken = "", list[tuple[float, float]]()
+    for k, size, resolution in zip(known, sizes, resolutions, strict=True):
+        x, y = frame.at_x(float(size)), frame.at_y(float(resolution))
+        body += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colours[k]}">'
+        body += f"<title>class {k + 1}</title></circle>"
+        if all(abs(x - a) > 18 or abs(y - b) > 10 for a, b in taken):  # else numbers would overlap
+            body += f'<text class="small" x="{x + 6:.1f}" y="{y + 4:.1f}">{k + 1}</text>'
+            taken.append((x, y))
+    low, high = frame.x
+    marks = [np.log10(a * 10**b) for b in range(8) for a in (1, 2, 5) if low <= np.log10(a * 10**b) <= high]
+    return charts.chart(
+        frame,
+        body,
+        x_label="particles in the class",
+        y_label="resolution (Å)",
+        title="resolution against class size",
+        x_text=lambda value: charts.number_text(round(10**value)),
+        x_ticks=marks,
+    )
+
+
+def _learning(learning: LearningCurve | None) -> str:
+    if learning is None or len(learning.epoch) == 0:
+        return ""
+    train, held = "curve train", "curve held"
+    bounds = [("training", train, learning.elbo), ("held out", held, learning.held_out_elbo)]
+    kls = [("of z", train, learning.kl_z), ("of the pose", held, learning.kl_pose)]
+    return _figures(
+        [
+            (
+                _epoch_curves(learning.epoch, bounds, "bound (nats a particle)", from_zero=False),
+                "Evidence lower bound. Training far above held out means over-fitting; both still rising "
+                "means that more epochs would help.",
+            ),
+            (
+                _epoch_curves(learning.epoch, kls, "KL (nats a particle)", from_zero=True),
+                "What each particle’s z and pose carry beyond their priors. KL of z at 0 means an empty "
+                "latent space.",
+            ),
+        ]
+    )
+
+
+def _epoch_curves(
+    epoch: Reals, series: Sequence[tuple[str, str, Reals]], y_label: str, *, from_zero: bool
+) -> str:
+    values = np.concatenate([values[np.isfinite(values)] for _, _, values in series])
+    if len(values) == 0:
+        return ""
+    low, high = (min(0.0, float(values.min())) if from_zero else float(values.min())), float(values.max())
+    room = 0.05 * (high - low) if high > low else 0.5
+    x_high = float(epoch.max()) if len(epoch) > 1 else float(epoch.min()) + 1.0
+    frame = Frame((float(epoch.min()), x_high), (low if from_zero else low - room, high + room))
+    body, place = "", charts.LEFT + 8
+    for name, kind, values in series:
+        if not np.isfinite(values).any():
+            continue
+        body += f'<path class="{kind}" d="{frame.path(epoch, values)}"/>'
+        if len(epoch) == 1:
+            x, y = frame.at_x(epoch[0]), frame.at_y(values[0])
+            body += f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>'
+        body += f'<path class="{kind}" d="M{place} 8h16"/><text x="{place + 21}" y="12">{name}</text>'
+        place += 110
+    whole = [value for value in charts.ticks(*frame.x) if float(value).is_integer()]
+    return charts.chart(frame, body, x_label="epoch", y_label=y_label, title=y_label, x_ticks=whole)
+
+
+def _figures(parts: Sequence[tuple[str, str]]) -> str:
+    figures = "".join(
+        f"<figure>{drawn}<figcaption>{escape(text)}</figcaption></figure>" for drawn, text in parts if drawn
+    )
+    return f'<div class="figures">{figures}</div>'
+
+
+# Files ----------------------------------------------------------------------------------------
+
+
+def _files(data: ReportData) -> str:
+    rows = []
+    for name in data.files:
+        key = "traversal" if name.startswith("traversal") else name.split("/")[0]
+        if key in OUTPUTS:
+            rows.append(f"<tr><td><code>{escape(name)}</code></td><td>{OUTPUTS[key]}</td></tr>")
+    if not rows:
+        return ""
+    return (
+        f"<p>In <code>{escape(data.job)}</code>. Angles are in degrees, lengths in Å, poses in RELION’s "
+        "convention: shift first, then rotate about pixel N/2; row 0 at the top.</p>"
+        f'<table class="files"><tbody>{"".join(rows)}</tbody></table>'
+    )
+
+
+def _footer(data: ReportData) -> str:
+    return (
+        f"Made by {escape(data.program)}. Images are drawn in 8 bits with row 0 at the top, white "
+        f"protein; those larger than {LARGEST_SIDE_PX} px are reduced. The full numbers are in the files."
+    )

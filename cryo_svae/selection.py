@@ -1,0 +1,335 @@
+"""Some of a job's particles: by class, by an expression, by a list, the best ones, or the others.
+
+Expressions such as ``figure_of_merit > 0.4 and z1 > 0`` are parsed to Python's syntax tree and
+walked here, where only what ``_Expression`` names is known; nothing is ever evaluated by Python.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cryo_svae.config import option
+from cryo_svae.errors import InputError, OutputError
+from cryo_svae.formats.star import StarBlock, StarFile, read_star, write_star
+
+Reals = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+PARTICLES = "particles.star"
+LONGEST_EXPRESSION = 2000
+SHORT_NAMES = {
+    "psi": ("svaeAnglePsi", "rlnAnglePsi"),
+    "psi_std": ("svaePsiStd",),
+    "x": ("svaeOriginXAngst", "rlnOriginXAngst"),
+    "y": ("svaeOriginYAngst", "rlnOriginYAngst"),
+    "class_number": ("rlnClassNumber",),
+    "figure_of_merit": ("rlnParticleFigureOfMerit",),
+    "log_likelihood": ("svaeLogLikelihood",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionConfig:
+    """Which particles: those that every option given allows."""
+
+    classes: str | None = option(None, "their classes, e.g. 1,4-7")
+    where: str | None = option(
+        None,
+        "a condition, e.g. 'figure_of_merit > 0.4 and z1 > 0': any numeric column by its label, or z1, "
+        "z2, …, psi, psi_std (degrees), x, y (origin, Å), class_number, figure_of_merit, "
+        "log_likelihood, defocus (Å); with + - * / abs() and or not < <= == != >= >",
+    )
+    particles: Path | None = option(
+        None, "a text file of particle numbers, counted from 1, such as the report's lasso saves"
+    )
+    top: str | None = option(
+        None, "the best of what the other options allow, by figure of merit, e.g. 50%%"
+    )
+    invert: bool = option(False, "take all the others instead")
+
+    def __post_init__(self) -> None:
+        if (self.classes, self.where, self.particles, self.top) == (None,) * 4:
+            raise InputError(
+                "the command line",
+                found="nothing to select by",
+                expected="--classes, --where, --particles or --top",
+                remedy="say which particles, e.g. --top 50%.",
+            )
+
+
+def select(job: Path, out: Path, config: SelectionConfig) -> tuple[int, int]:
+    """Writes the particles of a job that a selection allows; how many they are, and of how many."""
+    star, block = read_job_particles(job)
+    rows = select_rows(block, config)
+    write_selection(star, block, out, rows)
+    return len(rows), block.n_rows
+
+
+def read_job_particles(job: Path) -> tuple[StarFile, StarBlock]:
+    """A job's particles.star and its block of particles."""
+    path = job / PARTICLES
+    if not path.is_file():
+        raise InputError(
+            job,
+            found=f"no {PARTICLES}",
+            expected="the folder of a finished job",
+            remedy="name the --out folder of cryo-svae run or estimate.",
+        )
+    star = read_star(path)
+    for block in (star.block("particles"), *star.blocks):
+        if block is not None and block.has("rlnImageName"):
+            return star, block
+    raise InputError(
+        path,
+        column="_rlnImageName",
+        found="no such column",
+        expected="particles as a job writes them",
+        remedy="run the job again.",
+    )
+
+
+def select_rows(block: StarBlock, config: SelectionConfig) -> NDArray[np.intp]:
+    """Rows of the particles that a selection allows, in file order; an empty selection is an error."""
+    kept = np.ones(block.n_rows, dtype=bool)
+    if config.classes is not None:
+        kept &= in_classes(block, config.classes)
+    if config.where is not None:
+        kept &= fulfils(block, config.where)
+    if config.particles is not None:
+        kept &= listed(config.particles, block.n_rows)
+    if config.top is not None:
+        kept = best_of(block, kept, config.top)
+    if config.invert:
+        kept = ~kept
+    if not kept.any():
+        raise InputError(
+            "the selection",
+            found=f"none of {block.n_rows} particles",
+            expected="one or more",
+            remedy="loosen it; --invert takes the others.",
+        )
+    return np.flatnonzero(kept)
+
+
+def write_selection(star: StarFile, block: StarBlock, out: Path, rows: NDArray[np.intp]) -> None:
+    """The same STAR file with these rows of its particles; optics and cells to the letter."""
+    if out.exists() and out.samefile(star.path):
+        raise OutputError(f"{out}: is the file selected from.\n  To mend: give --out another name.")
+    write_star(out, star, block=block.name, columns={}, rows=rows)
+
+
+def in_classes(block: StarBlock, text: str) -> Flags:
+    """Particles (n,) of classes such as ``1,4-7``."""
+    number = block.integers("rlnClassNumber")
+    most = int(number.max(initial=0))
+    wanted = np.zeros(most + 1, dtype=bool)
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part, re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= first <= last <= most:
+            raise InputError(
+                "--classes",
+                found=f"'{part.strip()}'",
+                expected=f"classes from 1 to {most}, such as 1,4-7",
+                remedy="see classes.star or report.html for the classes there are.",
+            )
+        wanted[first : last + 1] = True
+    return wanted[np.maximum(number, 0)]
+
+
+def listed(path: Path, n_particles: int) -> Flags:
+    """Particles (n,) whose numbers, counted from 1, stand in a text file: a line each, or by commas."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            path,
+            found=getattr(error, "strerror", None) or "a file that is not text",
+            expected="a text file of particle numbers",
+            remedy="give the file that the report's lasso saved.",
+        ) from error
+    wanted = np.zeros(n_particles, dtype=bool)
+    for line, text in enumerate(lines, start=1):
+        for word in text.replace(",", " ").split():
+            if not re.fullmatch(r"\d{1,12}", word, re.ASCII) or not 1 <= int(word) <= n_particles:
+                raise InputError(
+                    path,
+                    line=line,
+                    found=f"'{word}'",
+                    expected=f"particle numbers from 1 to {n_particles}",
+                    remedy="use a list made from this job.",
+                )
+            wanted[int(word) - 1] = True
+    return wanted
+
+
+def best_of(block: StarBlock, kept: Flags, text: str) -> Flags:
+    """The share, such as ``50%``, of the kept particles with the highest figures of merit."""
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*%\s*", text, re.ASCII)
+    share = float(match[1]) / 100 if match else math.nan
+    if not 0 < share <= 1:
+        raise InputError(
+            "--top",
+            found=f"'{text}'",
+            expected="a share above 0%, at most 100%",
+            remedy="write e.g. --top 50%.",
+        )
+    merit = block.numbers("rlnParticleFigureOfMerit")
+    rows = np.flatnonzero(kept)
+    best = rows[np.argsort(-merit[rows], kind="stable")[: math.ceil(share * len(rows) - 1e-9)]]
+    chosen = np.zeros_like(kept)
+    chosen[best] = True
+    return chosen
+
+
+# --- expressions -----------------------------------------------------------------------------------
+
+
+def fulfils(block: StarBlock, expression: str) -> Flags:
+    """Particles (n,) for which an expression over their columns is true.
+
+    Comparisons (chained too) of numbers by < <= == != >= >, joined by and, or, not; numbers are
+    literals, names, abs(), + - * / and parentheses. Dividing by zero gives inf or nan, as in numpy.
+    Raises InputError, which shows the expression with the place marked.
+    """
+    return _Expression(block, " ".join(expression.split())).flags()
+
+
+def names_of(block: StarBlock) -> list[str]:
+    """The short names that expressions may use for these particles."""
+    short = [name for name, labels in SHORT_NAMES.items() if any(map(block.has, labels))]
+    z = [f"z{match[1]}" for label in block.labels if (match := re.fullmatch(r"svaeZ(\d+)", label))]
+    defocus = ["defocus"] if block.has("rlnDefocusU") and block.has("rlnDefocusV") else []
+    return [*z, *short, *defocus]
+
+
+COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.GtE: operator.ge,
+    ast.Gt: operator.gt,
+}
+CALCULATE: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+def _joined(join: np.ufunc, parts: list[Flags]) -> Flags:
+    return np.asarray(join.reduce(np.broadcast_arrays(*parts)))
+
+
+class _Expression:
+    """An expression, walked node by node; every value is an array (n,) or a single number."""
+
+    def __init__(self, block: StarBlock, text: str) -> None:
+        self.block, self.text = block, text
+
+    def flags(self) -> Flags:
+        """Its truth for each row."""
+        if len(self.text) > LONGEST_EXPRESSION:
+            self._fail(None, f"{len(self.text)} characters", f"at most {LONGEST_EXPRESSION}")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python's remarks on odd literals
+                tree = ast.parse(self.text, mode="eval")
+            with np.errstate(all="ignore"):
+                value = self._truth(tree.body)
+        except SyntaxError as error:
+            self._fail_at((error.offset or 1) - 1, 1, "something unreadable", "a condition")
+        except (RecursionError, MemoryError, ValueError):
+            self._fail(None, "an expression that cannot be read", "a condition")
+        return np.broadcast_to(value, self.block.n_rows)
+
+    def _truth(self, node: ast.expr) -> Flags:
+        match node:
+            case ast.BoolOp(op=ast.And(), values=parts):
+                return _joined(np.logical_and, [self._truth(part) for part in parts])
+            case ast.BoolOp(values=parts):
+                return _joined(np.logical_or, [self._truth(part) for part in parts])
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                return ~self._truth(operand)
+            case ast.Compare(left=left, ops=ops, comparators=others):
+                sides = [left, *others]
+                for op, right in zip(ops, others, strict=True):
+                    if type(op) not in COMPARE:
+                        self._fail(right, "a comparison that is not known here", "< <= == != >= or >")
+                numbers = [self._number(side) for side in sides]
+                truths = [
+                    COMPARE[type(op)](a, b) for op, a, b in zip(ops, numbers[:-1], numbers[1:], strict=True)
+                ]
+                return _joined(np.logical_and, truths)
+        self._fail(node, "something that is no condition", "a comparison such as z1 > 0")
+
+    def _number(self, node: ast.expr) -> Reals:
+        match node:
+            case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
+                return self._literal(node, value)
+            case ast.Name(id=name):
+                return self._column(node, name)
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in CALCULATE:
+                result: Reals = CALCULATE[type(op)](self._number(left), self._number(right))
+                return result
+            case ast.UnaryOp(op=ast.USub(), operand=operand):
+                return -self._number(operand)
+            case ast.UnaryOp(op=ast.UAdd(), operand=operand):
+                return self._number(operand)
+            case ast.Call(func=ast.Name(id="abs"), args=[argument], keywords=[]):
+                return np.asarray(np.abs(self._number(argument)))
+        self._fail(node, "something that is no number", "a number, a name, + - * / or abs()")
+
+    def _literal(self, node: ast.expr, value: float) -> Reals:
+        try:
+            return np.asarray(float(value))
+        except OverflowError:
+            self._fail(node, "a number too large", "a number below 1e308")
+
+    def _column(self, node: ast.expr, name: str) -> Reals:
+        if name == "defocus" and name in names_of(self.block):
+            return (self._cells(node, "rlnDefocusU") + self._cells(node, "rlnDefocusV")) / 2
+        labels = SHORT_NAMES.get(name, (name,))
+        if match := re.fullmatch(r"z(\d+)", name, re.ASCII):
+            labels = (f"svaeZ{match[1]}",)
+        for label in labels:
+            if self.block.has(label):
+                return self._cells(node, label)
+        known = ", ".join([*names_of(self.block), *self.block.labels])
+        self._fail(node, f"the unknown name '{name}'", f"one of {known}")
+
+    def _cells(self, node: ast.expr, label: str) -> Reals:
+        try:
+            return self.block.numbers(label)
+        except InputError as error:
+            self._fail(node, f"the column {label}, which holds {error.found}", "a column of numbers")
+
+    def _fail(self, node: ast.expr | None, found: str, expected: str) -> NoReturn:
+        if node is None or node.end_col_offset is None:
+            self._fail_at(0, len(self.text), found, expected)
+        raw = self.text.encode()
+        start = len(raw[: node.col_offset].decode())
+        self._fail_at(start, len(raw[node.col_offset : node.end_col_offset].decode()), found, expected)
+
+    def _fail_at(self, start: int, width: int, found: str, expected: str) -> NoReturn:
+        shown = self.text[:LONGEST_EXPRESSION]
+        mark = " " * start + "^" * max(1, min(width, len(shown) - start))
+        raise InputError(
+            "--where",
+            found=found,
+            expected=expected,
+            remedy=f"change what is marked.\n    {shown}\n    {mark}",
+        )
