@@ -44,7 +44,9 @@ def main() -> None:
                 seed=seed,
             )
         )
-        trial = trials.run_trial(simulated, "steerable", 1, seed, epochs=arguments.epochs, max_shift_px=4.5, judged=2000)
+        trial = trials.run_trial(
+            simulated, "steerable", 1, seed, epochs=arguments.epochs, max_shift_px=4.5, judged=2000
+        )
         areas.append(roc_area(trial.posterior.figure_of_merit.numpy(), ~simulated.is_junk[:2000].numpy()))
     trials.report(
         "junk", [f"10 % noise-only images, ROC area of the figure of merit: {trials.median(areas):.4f}"]

@@ -36,6 +36,7 @@ RESULT_PATTERNS = (
     "Class2D/run_it025_*",
     "traversal_z*.mrcs",
     "epochs.tsv",
+    "report.html",
     "run.json",
     "run.log",
 )

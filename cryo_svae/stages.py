@@ -37,6 +37,8 @@ from cryo_svae.job import CHECKPOINT, Job, digest
 from cryo_svae.models import CONFIG_CLASSES, ENGINES
 from cryo_svae.particles import ParticleSet, read_particles
 from cryo_svae.preprocessing import Preparation, plan_preparation, prepared_images
+from cryo_svae.report.page import write_report
+from cryo_svae.reporting import Findings, gather
 from cryo_svae.selection import read_job_particles
 from cryo_svae.store import TrainingStore, build_store
 from cryo_svae.training import EPOCH_COLUMNS, Schedule, fit, seed_everything
@@ -258,8 +260,9 @@ def write_estimates(
 ) -> EstimateTable:
     """Estimates every particle; writes particles.star, stacks, classes and latents.h5."""
     device = pick_device(settings["device"])
+    source = ImageSource(particles)
     with job.timed("estimation"):
-        table = estimate(checkpoint, ImageSource(particles), device)
+        table = estimate(checkpoint, source, device)
     n_classes = settings["classes"] or averages.default_classes(len(particles))
     classes = averages.classify(table, n_classes, settings["seed"])
     pixel_size_angst = checkpoint.preparation.pixel_size_angst
@@ -273,7 +276,7 @@ def write_estimates(
         write(f"traversal_z{axis + 1}.mrcs", averages.decode(checkpoint, points, device))
     with job.timed("averages"):
         result = class_averages(
-            ImageSource(particles),
+            source,
             table,
             classes.class_number,
             len(classes.centre),
@@ -305,7 +308,17 @@ def write_estimates(
         particle_diameter_angst=checkpoint.preparation.mask_diameter_angst,
         use_ctf=checkpoint.use_ctf,
     )
-    log.info("%d classes of %d particles in %s", len(classes.centre), int(table.usable.sum()), job.folder)
+    with job.timed("report"):
+        found = Findings(table, classes, result)
+        score = contrast_score(source, checkpoint.preparation)
+        page = gather(job, particles, checkpoint, found, settings, score, device)
+        write_report(job.path("report.html"), page)
+    log.info(
+        "%d classes of %d particles; open %s",
+        len(classes.centre),
+        int(table.usable.sum()),
+        job.path("report.html"),
+    )
     return table
 
 

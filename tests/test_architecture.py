@@ -22,6 +22,7 @@ LAYERS = [
     {"training", "estimation"},
     {"averages", "export", "job", "class_averages", "selection", "report"},
     {"class2d"},
+    {"reporting"},
     {"stages"},
     {"inspection"},
     {"cli"},

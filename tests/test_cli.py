@@ -75,6 +75,9 @@ def test_a_whole_job(make_dataset, tmp_path):
     record = json.loads((job / "run.json").read_text())
     assert record["seed"] == 3
     assert len(record["inputs"]["sha256"]) == 64
+    page = (job / "report.html").read_text()
+    assert "particles.star" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
     assert (job / "epochs.tsv").read_text().splitlines()[0].startswith("epoch\telbo")
 
 

@@ -16,30 +16,42 @@
   const rows = decoded(data.rows, 32); // particles drawn, 0-based
   const classes = decoded(data.class, 16);
   const micrographs = data.micrograph ? decoded(data.micrograph, 16) : null;
-  const unusable = new Set(decoded(data.unusable, 32));
+  const usable = new Uint8Array(data.particles).fill(1);
+  for (const row of decoded(data.unusable, 32)) usable[row] = 0;
+  const nUsable = usable.reduce((sum, is) => sum + is, 0);
   const axes = new Map(data.axes.map((axis) => [axis.key, axis]));
 
-  // Values of an axis: of all n particles where the page holds them, and of those drawn.
+  // An axis with its numbers: of those drawn, and of all n particles where the page holds them.
   function values(axis) {
-    if (!axis.drawn) {
-      const raw = decoded(axis.data, axis.bits);
-      const step = (axis.high - axis.low) / (2 ** axis.bits - 1);
-      const all = Float32Array.from(raw, (q) => axis.low + q * step);
-      axis.all = axis.complete ? all : null;
-      axis.drawn = axis.complete ? Float32Array.from(rows, (row) => all[row]) : all;
-      axis.data = null;
-    }
+    const numbers = (text, bits) => {
+      const step = (axis.high - axis.low) / (2 ** bits - 1);
+      return Float32Array.from(decoded(text, bits), (q) => axis.low + q * step);
+    };
+    if (typeof axis.drawn === "string") axis.drawn = numbers(axis.drawn, 16);
+    if (typeof axis.all === "string") axis.all = numbers(axis.all, axis.bits);
     return axis;
   }
 
-  // Whether a point lies in a polygon [[x, y], …]; edges crossed by a ray to the right, odd inside.
-  function inside(x, y, polygon) {
-    let odd = false;
-    for (let i = 0, j = polygon.length - 1; i < polygon.length; j = i++) {
-      const [xi, yi] = polygon[i], [xj, yj] = polygon[j];
-      if (yi > y !== yj > y && x < ((xj - xi) * (y - yi)) / (yj - yi) + xi) odd = !odd;
-    }
-    return odd;
+  // A test of points (x, y) for lying in a polygon [[x, y], …]: a ray to the right crosses an odd number of
+  // edges. Edges are kept by bands of y, which makes a million tests quick.
+  function insideOf(polygon) {
+    const ys = polygon.map((corner) => corner[1]), low = Math.min(...ys), high = Math.max(...ys);
+    const bands = Array.from({ length: 256 }, () => []);
+    const band = (y) => Math.min(255, Math.floor((256 * (y - low)) / (high - low)));
+    polygon.forEach(([xa, ya], i) => {
+      const [xb, yb] = polygon[(i + 1) % polygon.length];
+      if (ya === yb) return;
+      const edge = { low: Math.min(ya, yb), high: Math.max(ya, yb), x: xa, y: ya, slope: (xb - xa) / (yb - ya) };
+      for (let k = band(edge.low); k <= band(edge.high); k++) bands[k].push(edge);
+    });
+    return (x, y) => {
+      if (!(y >= low && y < high)) return false;
+      let odd = false;
+      for (const edge of bands[band(y)]) {
+        if (y >= edge.low && y < edge.high && x < edge.x + (y - edge.y) * edge.slope) odd = !odd;
+      }
+      return odd;
+    };
   }
 
   // ---- Colours
@@ -226,40 +238,39 @@
     drawLegend();
     drawPoints();
     drawOverlay();
-    const drawn = rows.length, usable = data.particles - unusable.size;
+    const drawn = rows.length;
+    const allOfZ = data.axes.every((axis) => axis.all || !/^z\d/.test(axis.key));
     const coarse = view.across.bits === 8 ? " Positions are rounded to 1/255 of an axis." : "";
-    by("sampling").textContent = drawn === usable
+    by("sampling").textContent = drawn === nUsable
       ? `All ${thousands(drawn)} usable particles are drawn.`
-      : `${thousands(drawn)} of ${thousands(usable)} usable particles are drawn, a fixed random sample. ` +
+      : `${thousands(drawn)} of ${thousands(nUsable)} usable particles are drawn, a fixed random sample. ` +
         (view.across.all && view.up.all
           ? "A list drawn on these axes takes all of them." + coarse
-          : "A list drawn on these axes takes only those drawn; on the z axes it takes all.");
+          : `A list drawn on these axes takes only those drawn${allOfZ ? "; on the axes of z it takes all" : ""}.`);
   }
 
   // ---- Choosing
 
   // 1-based numbers of the particles in a polygon in the units of the axes.
   function select(polygon) {
-    const complete = view.across.all && view.up.all;
+    const complete = Boolean(view.across.all && view.up.all);
     const x = complete ? view.across.all : view.across.drawn, y = complete ? view.up.all : view.up.drawn;
-    const xs = polygon.map((p) => p[0]), ys = polygon.map((p) => p[1]);
-    const left = Math.min(...xs), right = Math.max(...xs), low = Math.min(...ys), high = Math.max(...ys);
-    const found = [];
+    const inside = insideOf(polygon), found = [];
     for (let i = 0; i < x.length; i++) {
-      if (x[i] < left || x[i] > right || y[i] < low || y[i] > high) continue;
       const row = complete ? i : rows[i];
-      if (!unusable.has(row) && inside(x[i], y[i], polygon)) found.push(row + 1);
+      if (usable[row] && inside(x[i], y[i])) found.push(row + 1);
     }
     return found;
   }
 
   function choose(numbers) {
     chosen = numbers && numbers.length ? numbers : null;
-    const taken = new Set(chosen || []);
-    chosenDrawn = chosen ? Uint8Array.from(rows, (row) => (taken.has(row + 1) ? 1 : 0)) : null;
-    const share = chosen ? (100 * chosen.length) / Math.max(data.particles - unusable.size, 1) : 0;
+    const taken = new Uint8Array(data.particles);
+    for (const number of chosen || []) taken[number - 1] = 1;
+    chosenDrawn = chosen ? Uint8Array.from(rows, (row) => taken[row]) : null;
+    const share = chosen ? (100 * chosen.length) / nUsable : 0;
     by("count").textContent = chosen
-      ? `${thousands(chosen.length)} particle${chosen.length === 1 ? "" : "s"} chosen (${share.toFixed(1)} %).`
+      ? `${thousands(chosen.length)} particle${chosen.length === 1 ? "" : "s"} chosen (${share.toFixed(1)}\u00a0%).`
       : "No particle chosen.";
     by("save").disabled = by("clear").disabled = !chosen;
     by("then").hidden = !chosen;

@@ -19,7 +19,7 @@ except ImportError:  # an optional extra
 Reals = NDArray[np.floating[Any]]
 
 DRAWN_PARTICLES = 20_000
-BYTES_OF_ALL = 10_000_000  # 13.3 MB in base64; the page stays under 20 MB
+BYTES_OF_ALL = 10_000_000  # 13.3 MB in base64; with the rest the page stays under 20 MB
 UMAP_PARTICLES = 50
 PRINCIPAL_AXES = 2
 CLEAR_OF_OUTLIERS = 0.5  # of the span between the outer per milles, beyond which values sit at the edge
@@ -99,36 +99,38 @@ def limits(values: Reals) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def quantised(column: Column, rows: NDArray[np.intp], bits: int, complete: bool) -> dict[str, Any]:
-    """A column in whole steps of its range, with what undoes that; ``rows`` gives the range."""
+def quantised(column: Column, rows: NDArray[np.intp], bits: int | None) -> dict[str, Any]:
+    """A column in whole steps of its range: of the rows drawn, and with ``bits`` of all particles."""
     low, high = limits(column.values[rows])
-    kept = column.values if complete else column.values[rows]
-    share = (np.nan_to_num(kept.astype(np.float64), nan=low) - low) / (high - low)
-    steps = np.round(np.clip(share, 0, 1) * (2**bits - 1))
+
+    def steps(values: Reals, depth: int) -> str:
+        share = (np.nan_to_num(values.astype(np.float64), nan=low) - low) / (high - low)
+        return base64_of(np.round(np.clip(share, 0, 1) * (2**depth - 1)), f"u{depth // 8}")
+
     return {
         "key": column.key,
         "label": column.label,
         "unit": column.unit,
         "low": low,
         "high": high,
+        "drawn": steps(column.values[rows], 16),
         "bits": bits,
-        "complete": complete,
-        "data": base64_of(steps, f"u{bits // 8}"),
+        "all": None if bits is None else steps(column.values, bits),
     }
 
 
 def scatter_payload(data: ReportData, colours: list[str]) -> dict[str, Any]:
     """What the page's script draws and searches, ready for JSON.
 
-    ``complete`` columns hold all n particles, others (and ``class``, ``micrograph``) those drawn.
+    Where not all usable particles are drawn, axes also hold all particles, as many as there is room for.
     """
     rows = drawn_particles(data.usable)
     columns = columns_of(data)
     bits = 16 if 2 * len(columns) * data.n_particles <= BYTES_OF_ALL else 8
-    room = BYTES_OF_ALL * 8 // (bits * max(data.n_particles, 1))
-    axes = [quantised(column, rows, bits, place < room) for place, column in enumerate(columns)]
-    everything = np.arange(len(rows))
-    axes += [quantised(column, everything, 16, False) for column in umap_axes(data.z[rows])]
+    sampled = len(rows) < int(data.usable.sum())
+    room = BYTES_OF_ALL * 8 // (bits * data.n_particles) if sampled else 0
+    axes = [quantised(column, rows, bits if k < room else None) for k, column in enumerate(columns)]
+    axes += [quantised(column, np.arange(len(rows)), None) for column in umap_axes(data.z[rows])]
     payload: dict[str, Any] = {
         "particles": data.n_particles,
         "rows": base64_of(rows, "u4"),

@@ -256,6 +256,6 @@ def tiny_classes(sizes: Integers) -> list[str]:
         return []
     listed = ", ".join(map(str, tiny[:8])) + (", …" if len(tiny) > 8 else "")
     return [
-        f"{len(tiny)} of {len(sizes)} classes with fewer than {TINY_CLASS} particles (class {listed}): such "
-        "averages are mostly noise. Ask for fewer classes (--classes), or discard them."
+        f"{len(tiny)} of {len(sizes)} classes with fewer than {TINY_CLASS} particles (class {listed}): "
+        "such averages are mostly noise. Ask for fewer classes (--classes), or discard them."
     ]

@@ -1,0 +1,173 @@
+"""What the report shows of a finished job, gathered from its model, its estimates and its files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+import cryo_svae
+from cryo_svae import averages, geometry
+from cryo_svae.checkpoint import Checkpoint
+from cryo_svae.class_averages import ClassAverages
+from cryo_svae.ctf import ctf_2d
+from cryo_svae.estimation import EstimateTable
+from cryo_svae.images import ImageSource
+from cryo_svae.job import Job
+from cryo_svae.particles import ParticleSet
+from cryo_svae.preprocessing import prepared_images, working_ctf
+from cryo_svae.report import data as report
+
+EXAMPLES = 12
+MANIFOLD_STEPS = 9
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a job found: estimates, classes, their averages."""
+
+    table: EstimateTable
+    classes: averages.Classes
+    class_averages: ClassAverages
+
+
+def gather(
+    job: Job,
+    particles: ParticleSet,
+    checkpoint: Checkpoint,
+    found: Findings,
+    settings: Mapping[str, Any],
+    contrast_score: float,
+    device: torch.device,
+) -> report.ReportData:
+    """Everything on the page."""
+    table, result = found.table, found.class_averages
+    preparation, ctf = checkpoint.preparation, particles.ctf
+    number, names = _micrographs(particles)
+    shift_std_px = getattr(checkpoint.engine.config, "shift_std_px", None)
+    return report.ReportData(
+        title=job.folder.name or str(job.folder),
+        particles_file=str(particles.star.path),
+        job=str(job.folder),
+        program=f"cryo_svae {cryo_svae.__version__}",
+        engine=checkpoint.engine_name,
+        box_px=preparation.box_px,
+        pixel_size_angst=preparation.pixel_size_angst,
+        z=table.z,
+        z_std=table.z_std,
+        psi_deg=table.psi_deg,
+        origin_angst=table.origin_angst,
+        figure_of_merit=table.figure_of_merit,
+        class_number=found.classes.class_number,
+        usable=table.usable,
+        defocus_angst=None if ctf is None else ((ctf.defocus_u_angst + ctf.defocus_v_angst) / 2).numpy(),
+        micrograph_number=number,
+        micrograph_names=names,
+        decoded=averages.decode(checkpoint, found.classes.centre, device).numpy(),
+        averages=report.ClassAverages(
+            image=result.image,
+            frequency_per_angst=result.frequency_per_angst,
+            frc=result.frc,
+            resolution_angst=result.resolution_0143_angst,
+            resolution_05_angst=result.resolution_05_angst,
+        ),
+        traversals=_traversals(checkpoint, table, device),
+        manifold=_manifold(checkpoint, table, device),
+        examples=_examples(checkpoint, particles, table, device),
+        learning=_learning(checkpoint),
+        contrast_score=contrast_score,
+        inverted=preparation.invert,
+        ctf_used=checkpoint.use_ctf,
+        pose_found=checkpoint.engine_name != "vanilla",
+        shift_prior_angst=None if shift_std_px is None else shift_std_px * preparation.pixel_size_angst,
+        max_shift_angst=settings.get("max_shift"),
+        files=tuple(sorted(path.name for path in job.folder.iterdir() if not path.name.startswith("."))),
+    )
+
+
+def _micrographs(particles: ParticleSet) -> tuple[NDArray[np.intp] | None, tuple[str, ...]]:
+    if not particles.block.has("rlnMicrographName"):
+        return None, ()
+    names, number = np.unique(particles.block.text("rlnMicrographName"), return_inverse=True)
+    return number, tuple(names.tolist())
+
+
+def _traversals(
+    checkpoint: Checkpoint, table: EstimateTable, device: torch.device
+) -> tuple[report.Traversal, ...]:
+    if not table.usable.any():
+        return ()
+    traversals = []
+    for axis in range(table.z.shape[1]):
+        points = averages.traversal_points(table, axis)
+        images = averages.decode(checkpoint, points, device).numpy()
+        traversals.append(report.Traversal(label=f"z{axis + 1}", values=points[:, axis], image=images))
+    return tuple(traversals)
+
+
+def _manifold(checkpoint: Checkpoint, table: EstimateTable, device: torch.device) -> report.Manifold | None:
+    """Images over the 2nd to 98th percentiles of the first two dimensions, the others at their means."""
+    if not table.usable.any():
+        return None
+    z = table.z[table.usable]
+    percent = np.linspace(2, 98, MANIFOLD_STEPS)
+    z1 = np.percentile(z[:, 0], percent)
+    z2 = np.percentile(z[:, 1], percent) if z.shape[1] > 1 else np.zeros(1)
+    points = np.tile(z.mean(0), (len(z2), len(z1), 1))
+    points[:, :, 0] = z1
+    if z.shape[1] > 1:
+        points[:, :, 1] = z2[:, None]
+    images = averages.decode(checkpoint, points.reshape(-1, z.shape[1]), device)
+    return report.Manifold(image=images.reshape(len(z2), len(z1), *images.shape[1:]).numpy(), z1=z1, z2=z2)
+
+
+def reconstruct(
+    checkpoint: Checkpoint,
+    particles: ParticleSet,
+    table: EstimateTable,
+    row: NDArray[np.intp],
+    device: torch.device,
+) -> Float[Tensor, "e n n"]:
+    """The model's images of particles ``row``, in their poses and under their CTFs."""
+    decoded = averages.decode(checkpoint, table.z[row], device)
+    psi = torch.from_numpy(geometry.radians(table.psi_deg[row])).float()
+    origin = torch.from_numpy(table.origin_angst[row] / checkpoint.preparation.pixel_size_angst).float()
+    posed = geometry.pose_references(decoded, psi, origin)
+    if not checkpoint.use_ctf or particles.ctf is None:
+        return posed
+    ctf = working_ctf(particles.ctf, checkpoint.preparation)[torch.from_numpy(row)]
+    box_px = posed.shape[-1]
+    filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(posed) * ctf_2d(ctf, box_px), s=(box_px, box_px))
+    return filtered
+
+
+def _examples(
+    checkpoint: Checkpoint, particles: ParticleSet, table: EstimateTable, device: torch.device
+) -> report.Examples | None:
+    """Particles from the best to the worst figure of merit."""
+    usable = np.flatnonzero(table.usable)
+    if not len(usable):
+        return None
+    order = usable[np.argsort(-table.figure_of_merit[usable], kind="stable")]
+    row = order[np.unique(np.linspace(0, len(order) - 1, EXAMPLES).astype(np.intp))]
+    chunks = prepared_images(ImageSource(particles), row, checkpoint.preparation)
+    images = torch.cat([images for _, images, _ in chunks])
+    reconstruction = reconstruct(checkpoint, particles, table, row, device)
+    return report.Examples(number=row + 1, image=images.numpy(), reconstruction=reconstruction.numpy())
+
+
+def _learning(checkpoint: Checkpoint) -> report.LearningCurve | None:
+    if not checkpoint.history:
+        return None
+
+    def column(name: str) -> NDArray[np.float64]:
+        return np.array([epoch[name] for epoch in checkpoint.history])
+
+    names = ("epoch", "elbo", "held_out_elbo", "kl_z", "kl_pose")
+    return report.LearningCurve(**{name: column(name) for name in names})
