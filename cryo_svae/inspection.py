@@ -11,11 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cryo_svae.config import PreparationConfig, SourceConfig
+from cryo_svae.fitting import contrast_score
 from cryo_svae.formats.atomic import atomic_path
 from cryo_svae.images import ImageSource
 from cryo_svae.particles import read_particles
 from cryo_svae.preprocessing import plan_preparation, prepared_images
-from cryo_svae.stages import CONTRAST_SIGNIFICANCE, contrast_score, describe
+from cryo_svae.stages import CONTRAST_SIGNIFICANCE, describe
 
 MONTAGE_PARTICLES = 40
 MONTAGE_COLUMNS = 10

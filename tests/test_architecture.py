@@ -22,6 +22,8 @@ LAYERS = [
     {"training", "estimation"},
     {"averages", "export", "job", "class_averages", "selection", "report"},
     {"class2d"},
+    {"fitting"},
+    {"api"},
     {"reporting"},
     {"stages"},
     {"inspection"},

@@ -138,7 +138,7 @@
     drawAxes(c, style);
     const { palette, index } = view.colours, size = rows.length > 6000 ? 2 : rows.length > 1500 ? 3.4 : 5;
     for (const i of order) {
-      c.globalAlpha = chosenDrawn ? (chosenDrawn[i] ? 1 : 0.1) : 0.75;
+      c.globalAlpha = chosenDrawn ? (chosenDrawn[i] ? 1 : 0.18) : 0.75;
       c.fillStyle = palette[index[i]];
       const x = toX(view.across.drawn[i]), y = toY(view.up.drawn[i]);
       if (size < 3) c.fillRect(x - size / 2, y - size / 2, size, size);

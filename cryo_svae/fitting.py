@@ -1,0 +1,233 @@
+"""What lies between particles and results: settings settled, a model trained, classes averaged."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cryo_svae import averages, config, geometry
+from cryo_svae.checkpoint import Checkpoint
+from cryo_svae.class_averages import ClassAverages, class_averages
+from cryo_svae.config import (
+    ComputeConfig,
+    ModelConfig,
+    OutputConfig,
+    PreparationConfig,
+    SourceConfig,
+    TrainingConfig,
+)
+from cryo_svae.errors import InputError, TrainingError
+from cryo_svae.estimation import EstimateTable
+from cryo_svae.images import ImageSource
+from cryo_svae.models import CONFIG_CLASSES, ENGINES
+from cryo_svae.particles import ParticleSet
+from cryo_svae.preprocessing import Preparation, plan_preparation, prepared_images
+from cryo_svae.store import TrainingStore, build_store
+from cryo_svae.training import Schedule, fit, seed_everything
+
+log = logging.getLogger(__name__)
+
+MAX_SHIFT_SHARE_OF_BOX = 0.1
+NO_SHIFT_ANGST = 1e-3  # a prior as good as fixed, for engines that need one
+CONTRAST_PARTICLES = 2000
+
+
+def pick_device(name: str) -> torch.device:
+    """The device asked for; auto takes a GPU where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "--device",
+            found="cuda, which torch does not see",
+            expected="a CUDA device and a CUDA build of torch",
+            remedy="use --device cpu, or install torch for your GPU.",
+        )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A training settled: every setting with its default filled in, and what follows from them."""
+
+    settings: dict[str, Any]
+    engine_config: Any
+    preparation: Preparation
+
+
+def plan_training(settings: Mapping[str, Any], particles: ParticleSet, source: str) -> Plan:
+    """Settings with every default found from the data; ``source`` is where they are from, for messages."""
+    of_source = config.build(SourceConfig, settings, source)
+    of_images = config.build(PreparationConfig, settings, source)
+    of_model = config.build(ModelConfig, settings, source)
+    of_training = config.build(TrainingConfig, settings, source)
+    of_compute = config.build(ComputeConfig, settings, source)
+    of_output = config.build(OutputConfig, settings, source)
+    engine_class, config_class = ENGINES[of_model.engine]
+    config.refuse_misplaced(settings, config_class, CONFIG_CLASSES, of_model.engine)
+    preparation = plan_preparation(particles, of_images, engine_class.largest_box_px)
+    pixel_size_angst = preparation.pixel_size_angst
+    if of_images.ctf and particles.ctf is None:
+        raise InputError(
+            "--ctf",
+            found="no CTF parameters in the file",
+            expected="rlnDefocusU and its companions",
+            remedy="leave --ctf out, or estimate the CTF first.",
+        )
+    defaults = engine_class.training_defaults
+    found = {
+        "box": preparation.box_px,
+        "mask_diameter": preparation.mask_diameter_angst,
+        "ctf": particles.ctf is not None,
+        "max_shift": MAX_SHIFT_SHARE_OF_BOX * preparation.box_px * pixel_size_angst,
+        "epochs": defaults.epochs_for(len(particles)),
+        "batch_size": defaults.batch_size,
+        "learning_rate": defaults.learning_rate,
+        "classes": averages.default_classes(len(particles)),
+    }
+    engine_config = config.build(config_class, settings, source)
+    resolved = config.as_settings(
+        of_source, of_images, of_model, of_training, of_compute, of_output, engine_config
+    )
+    for name, value in found.items():
+        if resolved[name] is None:
+            resolved[name] = value
+    if resolved["shift_std"] is None and of_model.engine != "steerable":
+        resolved["shift_std"] = max(resolved["max_shift"] / 2, NO_SHIFT_ANGST)
+    lengths_angst = {"max_shift_px": resolved["max_shift"], "shift_std_px": resolved["shift_std"]}
+    lengths_px = {
+        name: None if length is None else length / pixel_size_angst
+        for name, length in lengths_angst.items()
+        if hasattr(engine_config, name)
+    }
+    engine_config = dataclasses.replace(
+        engine_config, mask_radius_px=preparation.mask_radius_px, **lengths_px
+    )
+    others = {name: value for name, value in settings.items() if name not in resolved}
+    return Plan({**others, **resolved}, engine_config, preparation)
+
+
+def new_checkpoint(plan: Plan) -> Checkpoint:
+    """An untrained model."""
+    settings = plan.settings
+    seed_everything(settings["seed"], -1)
+    engine_class, _ = ENGINES[settings["engine"]]
+    engine = engine_class(plan.preparation.box_px, settings["z_dim"], plan.engine_config)
+    return Checkpoint(
+        settings["engine"], engine, plan.preparation, settings["ctf"], None, epochs_done=0, history=[]
+    )
+
+
+def fit_checkpoint(
+    checkpoint: Checkpoint,
+    particles: ParticleSet,
+    plan: Plan,
+    scratch: Path,
+    on_epoch: Callable[[Checkpoint], None],
+) -> None:
+    """Trains a model from where its checkpoint stands; ``scratch`` takes what exceeds the memory."""
+    settings = plan.settings
+    source = ImageSource(particles)
+    store = build_store(checkpoint.engine, source, plan.preparation, settings["ctf"], scratch)
+    report_unusable(particles, store)
+    schedule = Schedule(
+        epochs=settings["epochs"],
+        batch_size=settings["batch_size"],
+        learning_rate=settings["learning_rate"],
+        one_cycle=checkpoint.engine.training_defaults.schedule == "one-cycle",
+        held_out=settings["held_out"],
+        patience=settings["patience"],
+        seed=settings["seed"],
+    )
+    fit(checkpoint, store, schedule, pick_device(settings["device"]), on_epoch)
+
+
+def average_classes(
+    checkpoint: Checkpoint,
+    source: ImageSource,
+    table: EstimateTable,
+    n_classes: int,
+    seed: int,
+    device: torch.device,
+) -> tuple[averages.Classes, ClassAverages]:
+    """Classes of z, and the CTF-corrected averages of their aligned particles."""
+    classes = averages.classify(table, n_classes, seed)
+    return classes, class_averages(
+        source,
+        table,
+        classes.class_number,
+        len(classes.centre),
+        checkpoint.preparation,
+        use_ctf=checkpoint.use_ctf,
+        seed=seed,
+        device=device,
+    )
+
+
+def contrast_score(images: ImageSource, preparation: Preparation) -> float:
+    """Standard errors by which the middle of the particles is brighter than their background."""
+    n_particles = len(images.particles)
+    index = np.unique(np.linspace(0, n_particles - 1, min(n_particles, CONTRAST_PARTICLES)).astype(np.intp))
+    middle = geometry.pixel_grid(preparation.box_px).norm(dim=-1) < 0.5 * preparation.mask_radius_px
+    chunks = prepared_images(images, index, preparation)
+    means = torch.cat([prepared[usable][:, middle].mean(1) for _, prepared, usable in chunks])
+    if len(means) < 2:
+        return 0.0
+    return float(means.mean() / (means.std() / len(means) ** 0.5).clamp_min(1e-12))
+
+
+def report_unusable(particles: ParticleSet, store: TrainingStore) -> None:
+    """Warns of NaN and constant images; stops where nothing else is left."""
+    usable = np.zeros(len(particles), dtype=bool)
+    usable[store.particle] = True
+    bad = np.flatnonzero(~usable)
+    if len(bad):
+        lines = ", ".join(str(particles.block.line_of(int(row))) for row in bad[:5])
+        log.warning(
+            "%d image(s) hold NaN or are constant (%s, line %s%s): left out of training, figure of merit 0",
+            len(bad),
+            particles.star.path.name,
+            lines,
+            ", …" if len(bad) > 5 else "",
+        )
+    if len(store) == 0:
+        raise TrainingError(
+            f"{particles.star.path}: every image holds NaN or is constant.\n"
+            "  To mend: check the stacks and the job that wrote them."
+        )
+
+
+def check_fits(particles: ParticleSet, checkpoint: Checkpoint) -> None:
+    """Raises InputError where a model cannot be applied to a particle set."""
+    grid = checkpoint.preparation
+    needed_angst = grid.box_px * grid.pixel_size_angst
+    field_angst = float((particles.box_px * particles.pixel_size_angst).min())
+    if field_angst < needed_angst * (1 - 1e-6):
+        raise InputError(
+            particles.star.path,
+            found=f"images of {field_angst:.1f} Å a side",
+            expected=f"at least {needed_angst:.1f} Å, the side of the model's box",
+            remedy="extract the particles in a larger box, or train a model on them.",
+        )
+    if float(particles.pixel_size_angst.max()) > grid.pixel_size_angst * (1 + 1e-6):
+        raise InputError(
+            particles.star.path,
+            found=f"a pixel size of {particles.pixel_size_angst.max():g} Å",
+            expected=f"at most {grid.pixel_size_angst:g} Å, the model's",
+            remedy="extract the particles at a finer pixel size, or train a model on them.",
+        )
+    if checkpoint.use_ctf and particles.ctf is None:
+        raise InputError(
+            particles.star.path,
+            column="_rlnDefocusU",
+            found="no CTF parameters",
+            expected="those that the model was trained with",
+            remedy="estimate the CTF first, or train with --no-ctf.",
+        )
