@@ -21,7 +21,6 @@ from cryo_svae.config import (
 from cryo_svae.errors import CryoSvaeError, InputError
 
 INTERRUPTED = 130
-Stage = Callable[[Any, dict[str, Any], str], None]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,6 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     select.add_argument("job", type=Path, metavar="JOB", help="job folder")
     select.add_argument("--out", type=Path, required=True, metavar="STAR", help="the file to write")
     config.add_options(select, SelectionConfig)
+    average = add("average", "decode at a point or along an axis of z, and average the particles there")
+    average.add_argument("job", type=Path, metavar="JOB", help="job folder, which takes the stacks")
+    average.add_argument("--z", metavar="Z", help="a point, e.g. --z=0.5,-1")
+    average.add_argument("--along", metavar="AXIS", help="an axis, e.g. z1")
+    report = add("report", "draw a job's report.html again")
+    report.add_argument("job", type=Path, metavar="JOB", help="job folder")
     simulate = add("simulate", "make particles of a molecule in motion, with their truth")
     simulate.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write")
     simulate.add_argument("--overwrite", action="store_true", help="write over an earlier simulation")
@@ -137,6 +142,19 @@ def _select(arguments: dict[str, Any]) -> None:
     print(f"{kept:,} of {total:,} particles in {arguments['out']}")
 
 
+def _average(arguments: dict[str, Any]) -> None:
+    from cryo_svae.exploring import average_at
+
+    for path in average_at(arguments["job"], arguments["z"], arguments["along"]):
+        print(path)
+
+
+def _report(arguments: dict[str, Any]) -> None:
+    from cryo_svae.exploring import redraw_report
+
+    print(redraw_report(arguments["job"]))
+
+
 def _simulate(arguments: dict[str, Any]) -> None:
     from cryo_svae.errors import OutputError
     from cryo_svae.simulate import SimulateConfig, simulate, write_simulated
@@ -155,20 +173,24 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+COMMANDS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "run": lambda arguments: _run_job(arguments, "run"),
+    "train": lambda arguments: _run_job(arguments, "train_only"),
+    "estimate": lambda arguments: _run_job(arguments, "estimate_only"),
+    "average": _average,
+    "select": _select,
+    "report": _report,
+    "simulate": _simulate,
+    "inspect": _inspect,
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; the exit code: 0 done, 2 bad input, 130 interrupted."""
     arguments = vars(_parser().parse_args(argv))
     command = arguments.pop("command")
     try:
-        if command == "inspect":
-            _inspect(arguments)
-        elif command == "select":
-            _select(arguments)
-        elif command == "simulate":
-            _simulate(arguments)
-        else:
-            stage = {"run": "run", "train": "train_only", "estimate": "estimate_only"}[command]
-            _run_job(arguments, stage)
+        COMMANDS[command](arguments)
     except CryoSvaeError as error:
         print(f"cryo-svae: {error}", file=sys.stderr)
         return error.exit_code

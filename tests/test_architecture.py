@@ -25,6 +25,7 @@ LAYERS = [
     {"fitting"},
     {"api"},
     {"reporting"},
+    {"exploring"},
     {"stages"},
     {"inspection"},
     {"cli"},

@@ -360,3 +360,30 @@ def test_averages_stand_beside_the_decoded_classes(make_dataset, tmp_path):
     classes = read_star(tmp_path / "job" / "classes.star").block("classes")
     assert classes.integers("svaeNrParticles").sum() == 30
     assert (tmp_path / "job" / "Class2D" / "run_it025_model.star").exists()
+
+
+def test_the_latent_space_is_decoded_and_averaged_anywhere(make_dataset, tmp_path, capsys):
+    job = tmp_path / "job"
+    assert run(make_dataset(30), job) == 0
+    capsys.readouterr()
+    assert main(["average", str(job), "--z=0.5,-1"]) == 0
+    assert main(["average", str(job), "--along", "z2"]) == 0
+    names = [name.rsplit("/", 1)[1] for name in capsys.readouterr().out.split()]
+    for name, n in zip(names, (1, 1, 11, 11), strict=True):
+        assert read_images(job / name, np.arange(n)).shape == (n, 16, 16)
+    everywhere = read_images(job / "average_z0.5_-1.mrcs", np.arange(1))
+    assert np.isfinite(everywhere).all()
+    for wrong in (["--z=1"], ["--z=a,b"], ["--along", "z3"], []):
+        assert main(["average", str(job), *wrong]) == 2
+        assert "To mend" in capsys.readouterr().err
+
+
+def test_the_report_is_redrawn_as_it_was(make_dataset, tmp_path, capsys):
+    job = tmp_path / "job"
+    assert run(make_dataset(30), job) == 0
+    first = (job / "report.html").read_text()
+    (job / "report.html").unlink()
+    assert main(["report", str(job)]) == 0
+    again = (job / "report.html").read_text()
+    assert again.count("<img") == first.count("<img")
+    assert main(["report", str(tmp_path)]) == 2

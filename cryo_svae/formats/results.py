@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from cryo_svae.errors import InputError
 from cryo_svae.formats.atomic import atomic_path
 
 
@@ -20,3 +21,17 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], attributes: Map
             file.create_dataset(name, data=np.ascontiguousarray(values), track_times=False)
         for name, text in attributes.items():
             file.attrs[name] = text
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The data sets of a file; InputError where it is not one of ours."""
+    remedy = "give a finished job, or run cryo-svae estimate again."
+    try:
+        with h5py.File(path, "r") as file:
+            return {name: file[name][()] for name in file}
+    except FileNotFoundError as error:
+        raise InputError(path, found="no such file", expected="a finished job's", remedy=remedy) from error
+    except (OSError, TypeError) as error:
+        raise InputError(
+            path, found="a file that is not HDF5", expected="a job's latents.h5", remedy=remedy
+        ) from error
