@@ -77,7 +77,7 @@ def importance_points(z_dim: int) -> Float[Tensor, "k d"]:
 
 
 def mode_around(probability: Float[Tensor, "b n"], peak: Tensor) -> Bool[Tensor, "b n"]:
-    """The angles of the mode around each peak: to both sides, until the probability rises again ``REVIVAL``-fold."""
+    """The angles of the mode around each peak: until the probability rises again ``REVIVAL``-fold."""
     n = probability.shape[1]
     index = torch.arange(n, device=probability.device)
     rolled = probability.gather(1, (index + peak[:, None]) % n)
