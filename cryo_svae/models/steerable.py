@@ -147,8 +147,7 @@ class SteerableEngine(Engine):
         mean, log_std = self.encode(restored)
         origins = here[:, None] + offsets
         log_prior = self.log_prior(origins, self.search_step_px)
-        if self.kl_weight < 1.0:
-            mean = mean + self._improvement(look, log_prior, mean.detach(), log_std.detach())
+        mean = mean + self._improvement(look, log_prior, mean.detach(), log_std.detach())
         content = self.generator(mean + torch.randn_like(mean) * log_std.exp())
         with torch.no_grad(), torch.autocast(batch.image.device.type, enabled=False):
             pose = look.posterior(content, log_prior)
