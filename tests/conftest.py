@@ -113,5 +113,5 @@ def make_dataset(tmp_path: Path):
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_seed():
-    torch.set_num_threads(1)  # small tensors: a second thread only waits
+    torch.set_num_threads(2)
     torch.manual_seed(0)

@@ -83,17 +83,17 @@ def all_finite(posterior: Posterior) -> bool:
 @pytest.fixture(scope="module")
 def hinge() -> tuple[SteerableEngine, Simulated]:
     """An engine trained for some seconds on centred particles, and the truth."""
-    made = truth(n=1280, snr=0.3)
+    made = truth(n=1536, snr=0.3)
     engine = new_engine(made.images)
-    train(engine, made.images, 14)
+    train(engine, made.images, 20)
     return engine, made
 
 
 @pytest.fixture(scope="module")
 def shifted() -> tuple[SteerableEngine, Simulated]:
-    made = truth(n=768, snr=0.5, shift=1.0)
+    made = truth(n=1024, snr=0.5, shift=1.0)
     engine = new_engine(made.images, max_shift_px=3.0)
-    train(engine, made.images, 14)
+    train(engine, made.images, 16)
     return engine, made
 
 
