@@ -24,6 +24,7 @@ from cryo_svae.models.invariant_encoder import InvariantEncoder
 from cryo_svae.models.polar_generator import PolarGenerator
 from cryo_svae.models.pose_posterior import Look, PosePosterior, disc_of_points, mean_origin
 from cryo_svae.models.posterior_search import PosteriorSearch
+from cryo_svae.models.refinement import FARTHEST_Z
 from cryo_svae.polar import PolarTransform
 
 KL_WARM_UP = 0.4  # share of the epochs in which the weight of the KL terms rises from 0 to 1
@@ -33,6 +34,8 @@ FINEST_STEP_PX = 0.5  # of the origin search while training; the grid is jittere
 FINER_ANGLES = 2  # times as many rotations are summed over in inference as in training
 ASTIGMATIC_RAD = 0.2  # a CTF phase that differs by less with direction is taken as round
 LEAST_SCALE = 0.1  # of the generator, over the data's rms; more makes rings without signal noisy
+FARTHEST_STEP = 1.0  # of a step of q's mean, standard deviations of the prior
+MOST_SNR = 10.0  # of a ring, in undoing the CTF for the encoder: its noise grows at most 1.7-fold
 NEAR_RINGS = 5  # over which the generator's scale is smoothed
 LEAST_CTF_POWER = 0.01  # mean square of the CTF; rings that let less through are taken as this
 
@@ -170,7 +173,9 @@ class SteerableEngine(Engine):
         log_std: Float[Tensor, "b d"],
     ) -> Float[Tensor, "b d"]:
         """A step of q's mean up the log posterior of z: its slope, scaled by q's variance, to the
-        top of the Gauss-Newton parabola along it. It costs one generator pass forth and two back.
+        top of the Gauss-Newton parabola along it, but no farther than ``FARTHEST_STEP``: where the
+        parabola is a poor picture, long steps drove z apart and whole runs into collapse. It costs
+        one generator pass forth and two back.
         """
         with torch.autocast(mean.device.type, enabled=False):
             with torch.enable_grad():
@@ -184,7 +189,9 @@ class SteerableEngine(Engine):
             filtered = look.filtered(along[0], pose.probability.sum(1))
             bend = (filtered * along[0]).sum((1, 2)) + direction.square().sum(1)
             length = (slope * direction).sum(1) / bend.clamp(min=1e-12)
-            return direction * length[:, None]
+            step = direction * length[:, None]
+            step = step * (FARTHEST_STEP / step.norm(dim=1, keepdim=True)).clamp(max=1.0)
+            return (mean + step).clamp(-FARTHEST_Z, FARTHEST_Z) - mean
 
     def decode(self, z: Float[Tensor, "k d"]) -> Float[Tensor, "k n n"]:
         """Generated images at pose zero, CTF-free, white particle, inside the soft disc."""
@@ -238,7 +245,7 @@ class SteerableEngine(Engine):
         ctf = self._ctf(batch)
         by_variance = ctf / self.noise_variance[:, None]
         power = ctf * by_variance
-        snr = (self.signal_power / self.noise_variance)[:, None]
+        snr = (self.signal_power / self.noise_variance).clamp(max=MOST_SNR)[:, None]
         restore = (1.0 + snr) / (1.0 + snr * ctf.square()) * self.noise_variance[:, None].sqrt()
         n_psi = polar.n_angles * (1 if self.training else FINER_ANGLES)
         if not self.shifts and ctf.shape[-1] == 1:
@@ -252,7 +259,7 @@ class SteerableEngine(Engine):
     def encode(self, restored: Float[Tensor, "b 2 p"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]]:
         """Mean and log standard deviation of q(z | image)."""
         mean, log_std = self.encoder(restored)
-        return mean.float(), log_std.float()
+        return FARTHEST_Z * torch.tanh(mean.float() / FARTHEST_Z), log_std.float()
 
     def log_prior(
         self, origins: Float[Tensor, "b t 2"], step_px: Float[Tensor, "*b"] | float

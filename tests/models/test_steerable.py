@@ -311,7 +311,7 @@ def test_two_fold_symmetry_is_a_second_mode():
 @pytest.mark.parametrize("molecule", ["ring", "noise"])
 def test_what_has_no_angle_says_so(molecule):
     # With fewer images the generator takes noise for features of the ring, and turns by them.
-    made = truth(molecule, n=4000, snr=0.3)
+    made = truth(molecule, n=8000, snr=0.3)
     engine = new_engine(made.images)
     train(engine, made.images, 3)
     found = infer(engine, made.images[:64])
@@ -394,3 +394,40 @@ def test_schedules_rise_and_narrow():
     assert steps == sorted(steps, reverse=True)
     assert steps[-1] == steerable.FINEST_STEP_PX
     assert len(refinement.importance_points(3)) == 2 * refinement.PAIRS
+
+
+def test_the_encoder_cannot_run_away():
+    """Unbounded means of q made single seeds collapse, and all of them with a CTF."""
+    made = truth(n=16)
+    engine = new_engine(made.images).eval()
+    mean, _ = engine.encode(1e4 * engine.represent(made.images))
+    assert mean.abs().max() <= refinement.FARTHEST_Z
+
+
+def test_the_improvement_goes_up_and_not_far(hinge):
+    """Of q's mean in training, from wherever the encoder left it."""
+    engine, made = hinge
+    batch = batches_of(engine, made.images[:64])[0]
+    look, _ = engine.look(batch, torch.zeros(64, 2), torch.zeros(1, 2))
+    flat = torch.zeros(64, 1)
+
+    def height(z: Tensor) -> Tensor:
+        return look.posterior(engine.generator(z), flat).log_evidence - 0.5 * z.square().sum(1)
+
+    for start, std in ((0.0, 0.3), (2.0, 0.3), (-5.9, 3.0)):
+        mean = torch.full((64, 1), start)
+        step = engine._improvement(look, flat, mean, torch.full((64, 1), math.log(std)))
+        assert step.abs().max() <= steerable.FARTHEST_STEP + 1e-6
+        assert (mean + step).abs().max() <= refinement.FARTHEST_Z
+        assert (height(mean + step) > height(mean)).float().mean() > 0.8
+
+
+def test_undoing_the_ctf_amplifies_noise_no_more_than_the_strongest_ring_allows():
+    made = truth(n=16, defocus_min_angst=10_000.0, defocus_max_angst=25_000.0)
+    engine = new_engine(made.images, ctf=made.ctf).eval()
+    engine.signal_power.copy_(1e6 * engine.noise_variance)
+    batch = batches_of(engine, made.images, made.ctf)[0]
+    _, restored = engine.look(batch, torch.zeros(16, 2), torch.zeros(1, 2))
+    whitened = batch.image / engine.noise_variance[engine.polar.ring].sqrt()
+    most = (1.0 + steerable.MOST_SNR) / (2.0 * math.sqrt(steerable.MOST_SNR))
+    assert (restored.abs() <= 1.001 * most * whitened.abs() + 1e-6).all()
