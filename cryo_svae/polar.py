@@ -7,7 +7,8 @@ after pi, and the real function G = E + O holds all of Y: E, O = (G(phi) ± G(ph
 the arithmetic real: one ``rfft`` over phi gives the angular coefficients g_m(r), m >= 0.
 
 Coefficients are kept for m up to the band limit 2 pi r R/N of an image inside a disc of radius R,
-packed as pairs (ring, order) in planes of real and imaginary parts (b, 2, P), and scaled so that the
+packed as pairs (ring, order), ring by ring from the centre, in planes of real and imaginary parts
+(b, 2, P), so that those of a coarser transform come first. They are scaled so that the
 sum of their squares is the image's own sum of squares (Parseval); a Gaussian likelihood of pixels is
 then one of coefficients. Laws, with the pose convention of ``geometry``, I(p) = Ref(R(psi) (p + o)):
 
@@ -113,6 +114,7 @@ class PolarTransform(nn.Module):
     ring: Tensor
     order: Tensor
     place: Tensor
+    _place_by_order: Tensor
     mask: Tensor
     noise_dof: Tensor
     _halved: Tensor
@@ -132,7 +134,7 @@ class PolarTransform(nn.Module):
         self.n_orders = int(limit.max()) + 1
         beyond = math.ceil(2.0 * math.pi * self.n_rings * max_shift_px / box_px)
         self.n_angles = fast_length(2 * self.n_orders + beyond)
-        order, ring = torch.meshgrid(torch.arange(self.n_orders), torch.arange(self.n_rings), indexing="ij")
+        ring, order = torch.meshgrid(torch.arange(self.n_rings), torch.arange(self.n_orders), indexing="ij")
         kept = order <= limit[ring]
         order, ring = order[kept], ring[kept]
         self.n_pairs = len(ring)
@@ -143,6 +145,7 @@ class PolarTransform(nn.Module):
         self.register_buffer("ring", ring, persistent=False)
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("place", ring * (self.n_angles // 2 + 1) + order, persistent=False)
+        self.register_buffer("_place_by_order", order * self.n_rings + ring, persistent=False)
         self.register_buffer("mask", mask, persistent=False)
         self.register_buffer("noise_dof", (area * (mask.double() ** 2).mean()).float(), persistent=False)
         self.register_buffer("_halved", 1.0 / both_signs[order], persistent=False)
@@ -163,6 +166,18 @@ class PolarTransform(nn.Module):
         """The inverse of ``dense``; drops what is beyond the band limit."""
         flat = dense.flatten(1)[:, self.place]
         return torch.stack([flat.real, flat.imag], 1)
+
+    def by_order(self, packed: Float[Tensor, "*b 2 p"]) -> Complex[Tensor, "*b o r"]:
+        """Packed coefficients as (..., n_orders, n_rings), zero beyond the band limit."""
+        flat = packed.new_zeros(*packed.shape[:-2], self.n_orders * self.n_rings, dtype=torch.complex64)
+        flat[..., self._place_by_order] = torch.complex(packed[..., 0, :], packed[..., 1, :])
+        by_order: Tensor = flat.unflatten(-1, (self.n_orders, self.n_rings))
+        return by_order
+
+    def packed_from_orders(self, by_order: Complex[Tensor, "*b o r"]) -> Float[Tensor, "*b 2 p"]:
+        """The inverse of ``by_order``; drops what is beyond the band limit."""
+        flat = by_order.flatten(-2)[..., self._place_by_order]
+        return torch.stack([flat.real, flat.imag], -2)
 
     def samples(self, packed: Float[Tensor, "b 2 p"]) -> Float[Tensor, "b r a"]:
         """G(r, phi), the real polar function of each image, rings scaled as the coefficients are."""
@@ -225,11 +240,13 @@ class PolarTransform(nn.Module):
 
     def shifted_spectra(
         self, samples: Float[Tensor, "b r a"], shifts_px: Float[Tensor, "t 2"] | Float[Tensor, "b t 2"]
-    ) -> Complex[Tensor, "b t r f"]:
-        """Dense coefficients of images moved by each of t shifts, the same for all or each its own."""
+    ) -> Complex[Tensor, "b o t r"]:
+        """Coefficients of images moved by each of t shifts, the same for all or each its own."""
         opposite = samples.roll(self.n_angles // 2, -1)
-        spectra = []
-        for shift_px in shifts_px.unbind(-2):
+        shape = (len(samples), self.n_orders, shifts_px.shape[-2], self.n_rings)
+        spectra = samples.new_empty(shape, dtype=torch.complex64)
+        for t, shift_px in enumerate(shifts_px.unbind(-2)):
             alpha = self.shift_phase(shift_px)
-            spectra.append(self.spectra(samples * torch.cos(alpha) - opposite * torch.sin(alpha)))
-        return torch.stack(spectra, 1)
+            moved = self.spectra(samples * torch.cos(alpha) - opposite * torch.sin(alpha))
+            spectra[:, :, t] = moved[..., : self.n_orders].mT
+        return spectra

@@ -38,6 +38,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.index)
 
+    def __getitem__(self, rows: Int[Tensor, "k"]) -> Batch:
+        ctf = None if self.ctf is None else self.ctf[rows]
+        return Batch(self.index[rows], self.image[rows], ctf)
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         ctf = None if self.ctf is None else self.ctf.to(device)

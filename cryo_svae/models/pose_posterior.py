@@ -5,10 +5,10 @@ o and R_psi the turn by psi, the log likelihood ratio against an empty image is
 
     l(psi, o) = <S_o h y / sigma², R_psi c> - ½ <h² R_psi c / sigma², R_psi c>.
 
-The first term costs one ``irfft`` over orders m for each origin and gives every psi; the second is the
-same for all psi unless the CTF is astigmatic, and then an angular correlation. No gradient flows through
-here: the gradient of log sum p exp(l) with respect to c is the posterior mean of the gradient of l,
-``aligned`` - ``filtered``.
+The first term is, for each order m, a product of matrices over the rings (origins by contents), and one
+``irfft`` over the orders then gives every psi; the second is the same for all psi unless the CTF is
+astigmatic, and then an angular correlation. No gradient flows through here: the gradient of
+log sum p exp(l) with respect to c is the posterior mean of the gradient of l, ``aligned`` - ``filtered``.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
-from torch.nn.functional import threshold
 
 from cryo_svae.polar import PolarTransform
 
-NEGLIGIBLE = 1e-12  # probability of a pose that counts as none
+LOG_NEGLIGIBLE = math.log(1e-12)  # of a probability; much smaller ones are denormal numbers, and slow
 
 
 @dataclass(frozen=True)
@@ -49,62 +48,79 @@ class PosePosterior:
 class Look:
     """b particles centred by each of t trial origins, ready to be compared with generated content.
 
-    spectra:  dense coefficients of h y / sigma² centred by each trial origin.
-    power:    h² / sigma² on the polar samples (b, rings, angles), or (b, rings, 1) without astigmatism.
-    n_psi:    number of rotations, at least the number of polar angles.
+    spectra: coefficients of h y / sigma² centred by each trial origin, by order.
+    power:   h² / sigma² on the polar samples (b, rings, angles), or (b, rings, 1) without astigmatism.
+    n_psi:   number of rotations, at least the number of polar angles.
     """
 
     polar: PolarTransform
-    spectra: Complex[Tensor, "b t r f"]
+    spectra: Complex[Tensor, "b o t r"]
     power: Float[Tensor, "b r a"]
     n_psi: int
 
-    def inner(self, content: Float[Tensor, "b 2 p"]) -> Float[Tensor, "b t n"]:
-        """<S_o h y / sigma², R_psi c> for every trial origin o and psi."""
-        dense = self.polar.dense(content)
-        trials = range(self.spectra.shape[1])
-        by_order = torch.stack([(self.spectra[:, t].conj() * dense).sum(1) for t in trials], 1)
+    def inner(self, content: Float[Tensor, "b k 2 p"]) -> Float[Tensor, "b k t n"]:
+        """<S_o h y / sigma², R_psi c> of k contents for every trial origin o and psi."""
+        conj = torch.conj_physical(self.polar.by_order(content)).permute(0, 2, 3, 1)
+        by_order = (self.spectra @ conj).permute(0, 3, 2, 1).conj()
         by_order[..., 1:] *= 0.5
         scores: Tensor = torch.fft.irfft(by_order, n=self.n_psi, norm="forward")
         return scores
 
-    def energy(self, content: Float[Tensor, "b 2 p"]) -> Float[Tensor, "b n"]:
-        """<h² R_psi c / sigma², R_psi c> for every psi; (b, 1) without astigmatism."""
+    def energy(self, content: Float[Tensor, "b k 2 p"]) -> Float[Tensor, "b k n"]:
+        """<h² R_psi c / sigma², R_psi c> of k contents for every psi; (b, k, 1) without astigmatism."""
         if self.power.shape[-1] == 1:
-            everywhere: Tensor = self.power[:, self.polar.ring, 0] * content.square().sum(1)
-            return everywhere.sum(-1, keepdim=True)
-        squared = torch.fft.rfft(self.polar.samples(content).square(), norm="forward")
-        power = torch.fft.rfft(self.power, norm="forward")
-        energy: Tensor = torch.fft.irfft((power.conj() * squared).sum(1), n=self.n_psi, norm="forward")
+            squared = content.square().sum(2)
+            everywhere: Tensor = squared @ self.power[:, self.polar.ring]
+            return everywhere
+        samples = self.polar.samples(content.flatten(0, 1)).unflatten(0, content.shape[:2])
+        squared = torch.fft.rfft(samples.square(), norm="forward")
+        power = torch.fft.rfft(self.power, norm="forward")[:, None]
+        energy: Tensor = torch.fft.irfft((power.conj() * squared).sum(2), n=self.n_psi, norm="forward")
         return energy
 
     def filtered(
-        self, content: Float[Tensor, "b 2 p"], psi_probability: Float[Tensor, "b n"]
-    ) -> Float[Tensor, "b 2 p"]:
-        """Posterior mean of h² c / sigma² in the reference's frame."""
+        self, content: Float[Tensor, "b k 2 p"], psi_probability: Float[Tensor, "b n"]
+    ) -> Float[Tensor, "b k 2 p"]:
+        """Posterior mean of h² c / sigma² of k contents in the reference's frame."""
         if self.power.shape[-1] == 1:
-            return self.power[:, None, self.polar.ring, 0] * content
+            return self.power[:, None, None, self.polar.ring, 0] * content
         spectrum = torch.fft.rfft(self.power)
         turn = torch.fft.rfft(psi_probability)[:, None, : spectrum.shape[-1]]
-        power = torch.fft.irfft(spectrum * turn, n=self.power.shape[-1])
-        return self.polar.pack(self.polar.spectra(power * self.polar.samples(content)))
+        power = torch.fft.irfft(spectrum * turn, n=self.power.shape[-1])[:, None]
+        samples = self.polar.samples(content.flatten(0, 1)).unflatten(0, content.shape[:2])
+        seen = self.polar.spectra((power * samples).flatten(0, 1))
+        return self.polar.pack(seen).unflatten(0, content.shape[:2])
+
+    def scores(
+        self, content: Float[Tensor, "b k 2 p"], log_prior: Float[Tensor, "b t"]
+    ) -> Float[Tensor, "b k t n"]:
+        """l(psi, o) + log prior masses of k contents: uniform psi, and those given of the trial origins."""
+        prior = log_prior[:, None, :, None] - math.log(self.n_psi)
+        return self.inner(content) - 0.5 * self.energy(content)[:, :, None] + prior
 
     def posterior(self, content: Float[Tensor, "b 2 p"], log_prior: Float[Tensor, "b t"]) -> PosePosterior:
         """The posterior under log prior masses of the trial origins and uniform psi."""
-        scores = self.inner(content) - 0.5 * self.energy(content)[:, None]
-        joint = (scores + (log_prior - math.log(self.n_psi))[..., None]).flatten(1)
-        log_evidence = torch.logsumexp(joint, 1)
-        # Without the threshold, denormal numbers would slow FFTs on the CPU a hundredfold.
-        probability = threshold(torch.exp(joint - log_evidence[:, None]), NEGLIGIBLE, 0.0).view(
-            scores.shape
-        )
-        kl = (probability * scores).sum((1, 2)) - log_evidence
-        turn = torch.fft.rfft(probability)[:, :, None, : self.spectra.shape[-1]]
-        aligned = self.spectra[:, 0] * turn[:, 0]
-        for t in range(1, self.spectra.shape[1]):
-            aligned += self.spectra[:, t] * turn[:, t]
-        filtered = self.filtered(content, probability.sum(1))
-        return PosePosterior(log_evidence, probability, kl, self.polar.pack(aligned), filtered)
+        joint = self.scores(content[:, None], log_prior)[:, 0]
+        log_evidence, probability = normalised(joint)
+        kl = (probability * (joint - log_prior[..., None])).sum((1, 2)) + math.log(self.n_psi) - log_evidence
+        turn = torch.fft.rfft(probability)[..., : self.spectra.shape[1]]
+        aligned = turn.permute(0, 2, 1)[:, :, None] @ self.spectra
+        filtered = self.filtered(content[:, None], probability.sum(1))[:, 0]
+        packed = self.polar.packed_from_orders(aligned[:, :, 0])
+        return PosePosterior(log_evidence, probability, kl, packed, filtered)
+
+
+def normalised(log_mass: Float[Tensor, "b *more"]) -> tuple[Float[Tensor, "b"], Float[Tensor, "b *more"]]:
+    """Log of each row's total mass, and its shares; the smallest shares are about 1e-12."""
+    top = log_mass.flatten(1).amax(1)
+    over = tuple(range(1, log_mass.ndim))
+    mass = torch.exp((log_mass - _like(top, log_mass)).clamp(min=LOG_NEGLIGIBLE))
+    total = mass.sum(over)
+    return top + torch.log(total), mass / _like(total, mass)
+
+
+def _like(values: Float[Tensor, "b"], shape: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (shape.ndim - 1))
 
 
 def mean_origin(

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import threshold
 
 from cryo_svae.geometry import wrap_radians
 from cryo_svae.models.engine import Batch, Posterior
-from cryo_svae.models.pose_posterior import NEGLIGIBLE, Look, disc_of_points, mean_origin
+from cryo_svae.models.pose_posterior import Look, disc_of_points, mean_origin, normalised
 from cryo_svae.models.refinement import (
     INFLATION,
     LocalModel,
@@ -34,6 +33,8 @@ COARSE_STEP_PX = 1.5  # of the first search of origins
 COARSE_CONTENTS = 4  # contents it is tried with
 FINE_DISC = 2.3  # radius of the last grid of origins, in steps of one posterior standard deviation
 FINE_STEP_PX = (0.15, 1.0)  # least and greatest such step
+FINER_ANGLES = 2  # times as many rotations are summed over in inference as in training
+PIECE = 2**22  # scores held at a time; more of them leave the processor's cache
 
 
 class PosteriorSearch:
@@ -45,6 +46,13 @@ class PosteriorSearch:
 
     def posterior(self, batch: Batch) -> Posterior:
         """Posterior of each particle."""
+        fine = disc_of_points(FINE_DISC if self.engine.shifts else 0.0, torch.device("cpu"))
+        n_poses = len(fine) * FINER_ANGLES * self.engine.polar.n_angles
+        n_each = max(1, PIECE // (n_poses * max(len(self.points), self.engine.z_dim)))
+        pieces = torch.arange(len(batch)).split(n_each)
+        return Posterior.cat([self._posterior(batch[piece]) for piece in pieces])
+
+    def _posterior(self, batch: Batch) -> Posterior:
         engine = self.engine
         here, z, step_px = self._first_guess(batch)
         offsets = disc_of_points(FINE_DISC if engine.shifts else 0.0, here.device) * step_px[:, None, None]
@@ -53,13 +61,12 @@ class PosteriorSearch:
         log_prior = engine.log_prior(origins, step_px)
         mode, curvature = newton_mode(z, lambda at: self._local_model(at, look, log_prior))
         root = root_covariance(curvature - self._missing_information(mode, look, log_prior))
-        log_weights, probability = self._weigh(mode, root, look, log_prior)
-        weight = torch.softmax(log_weights, 1)
         at = mode[:, None] + self.points @ root.mT
+        log_total, weight, probability = self._weigh(at, look, log_prior)
         z_mean = (weight[..., None] * at).sum(1)
         z_variance = (weight[..., None] * (at - z_mean[:, None]).square()).sum(1)
         volume = torch.linalg.slogdet(root).logabsdet + engine.z_dim * math.log(INFLATION)
-        log_evidence = torch.logsumexp(log_weights, 1) - math.log(len(self.points)) + volume
+        log_evidence = log_total - math.log(len(self.points)) + volume
         psi, psi_std, second_mode = summarise_angle(probability.sum(1))
         by_origin = probability.sum(2)
         origin = (by_origin[..., None] * origins).sum(1)
@@ -77,26 +84,15 @@ class PosteriorSearch:
         )
 
     def _weigh(
-        self,
-        mode: Float[Tensor, "b d"],
-        root: Float[Tensor, "b d d"],
-        look: Look,
-        log_prior: Float[Tensor, "b t"],
-    ) -> tuple[Float[Tensor, "b k"], Float[Tensor, "b t n"]]:
-        """Log importance weights of the points mode + root x, and the pose posterior they average to."""
-        log_weights, top = [], torch.full_like(mode[:, 0], -math.inf)
-        probability = torch.zeros(())
-        for point in self.points:
-            at = mode + root @ point
-            pose = look.posterior(self.engine.generator(at), log_prior)
-            log_proposal = -0.5 * (point / INFLATION).square().sum()
-            log_weight = pose.log_evidence - 0.5 * at.square().sum(1) - log_proposal
-            log_weights.append(log_weight)
-            new_top = torch.maximum(top, log_weight)
-            fade, gain = (threshold(torch.exp(w - new_top), NEGLIGIBLE, 0.0) for w in (top, log_weight))
-            probability = probability * fade[:, None, None] + pose.probability * gain[:, None, None]
-            top = new_top
-        return torch.stack(log_weights, 1), probability / probability.sum((1, 2), keepdim=True)
+        self, at: Float[Tensor, "b k d"], look: Look, log_prior: Float[Tensor, "b t"]
+    ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b k"], Float[Tensor, "b t n"]]:
+        """Log total and shares of the importance weights of k points, and the mean pose posterior."""
+        content = self.engine.generator(at.flatten(0, 1)).unflatten(0, at.shape[:2])
+        log_proposal = -0.5 * (self.points / INFLATION).square().sum(1)
+        log_weight = -0.5 * at.square().sum(2) - log_proposal
+        joint = look.scores(content, log_prior) + log_weight[..., None, None]
+        log_total, share = normalised(joint)
+        return log_total, share.sum((2, 3)), share.sum(1)
 
     def _first_guess(
         self, batch: Batch
@@ -128,29 +124,25 @@ class PosteriorSearch:
             disc_of_points(engine.config.max_shift_px / COARSE_STEP_PX, nowhere.device) * COARSE_STEP_PX
         )
         look, _ = engine.look(batch, nowhere, offsets)
-        evidence = []
-        for content in engine.generator(self.points[:COARSE_CONTENTS]):
-            everywhere = content.expand(len(batch), -1, -1)
-            scores = look.inner(everywhere) - 0.5 * look.energy(everywhere)[:, None]
-            evidence.append(torch.logsumexp(scores, -1))
-        by_origin = torch.logsumexp(torch.stack(evidence), 0)
+        content = engine.generator(self.points[:COARSE_CONTENTS]).expand(len(batch), -1, -1, -1)
         prior = engine.log_prior(offsets.expand(len(batch), -1, -1), COARSE_STEP_PX)
-        return offsets[(by_origin + prior).argmax(1)]
+        _, share = normalised(look.scores(content, prior))
+        return offsets[share.sum((1, 3)).argmax(1)]
 
-    def _slopes(self, z: Float[Tensor, "b d"]) -> tuple[Float[Tensor, "b 2 p"], Float[Tensor, "d b 2 p"]]:
+    def _slopes(self, z: Float[Tensor, "b d"]) -> tuple[Float[Tensor, "b 2 p"], Float[Tensor, "b d 2 p"]]:
         """Generated coefficients, and their derivatives by each component of z."""
         units = torch.eye(z.shape[1], device=z.device)[:, None].expand(-1, len(z), -1)
-        return self.engine.generator.along(z, units)
+        content, slopes = self.engine.generator.along(z, units)
+        return content, slopes.transpose(0, 1)
 
     def _local_model(
         self, z: Float[Tensor, "b d"], look: Look, log_prior: Float[Tensor, "b t"]
     ) -> LocalModel:
         content, slopes = self._slopes(z)
         pose = look.posterior(content, log_prior)
-        gradient = torch.einsum("dbcp,bcp->bd", slopes, pose.aligned - pose.filtered)
-        psi = pose.probability.sum(1)
-        filtered = torch.stack([look.filtered(slope, psi) for slope in slopes])
-        curvature = torch.einsum("dbcp,ebcp->bde", slopes, filtered)
+        gradient = torch.einsum("bdcp,bcp->bd", slopes, pose.aligned - pose.filtered)
+        filtered = look.filtered(slopes, pose.probability.sum(1))
+        curvature = slopes.flatten(2) @ filtered.flatten(2).mT
         return LocalModel(pose.log_evidence, gradient, curvature)
 
     def _missing_information(
@@ -162,7 +154,7 @@ class PosteriorSearch:
         """
         content, slopes = self._slopes(z)
         probability = look.posterior(content, log_prior).probability
-        scores = torch.stack([look.inner(slope) for slope in slopes], 1)
+        scores = look.inner(slopes)
         mean = (probability[:, None] * scores).sum((2, 3))
         centred = (scores - mean[..., None, None]).flatten(2)
         return (centred * probability.flatten(1)[:, None]) @ centred.mT

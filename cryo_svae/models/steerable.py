@@ -23,7 +23,7 @@ from cryo_svae.models.engine import Batch, ElboTerms, Engine, Posterior, Trainin
 from cryo_svae.models.invariant_encoder import InvariantEncoder
 from cryo_svae.models.polar_generator import PolarGenerator
 from cryo_svae.models.pose_posterior import Look, PosePosterior, disc_of_points, mean_origin
-from cryo_svae.models.posterior_search import PosteriorSearch
+from cryo_svae.models.posterior_search import FINER_ANGLES, PosteriorSearch
 from cryo_svae.models.refinement import FARTHEST_Z
 from cryo_svae.polar import PolarTransform
 
@@ -31,7 +31,6 @@ KL_WARM_UP = 0.4  # share of the epochs in which the weight of the KL terms rise
 NARROWING = 0.5  # share of the epochs in which the origin search narrows
 MEMORY = 0.98  # of the running averages of the noise and shift variances, per batch
 FINEST_STEP_PX = 0.5  # of the origin search while training; the grid is jittered
-FINER_ANGLES = 2  # times as many rotations are summed over in inference as in training
 ASTIGMATIC_RAD = 0.2  # a CTF phase that differs by less with direction is taken as round
 LEAST_SCALE = 0.1  # of the generator, over the data's rms; more makes rings without signal noisy
 FARTHEST_STEP = 1.0  # of a step of q's mean, standard deviations of the prior
@@ -186,7 +185,7 @@ class SteerableEngine(Engine):
             slope = slope - mean
             direction = slope * torch.exp(2.0 * log_std)
             _, along = self.generator.along(mean, direction[None])
-            filtered = look.filtered(along[0], pose.probability.sum(1))
+            filtered = look.filtered(along[0][:, None], pose.probability.sum(1))[:, 0]
             bend = (filtered * along[0]).sum((1, 2)) + direction.square().sum(1)
             length = (slope * direction).sum(1) / bend.clamp(min=1e-12)
             step = direction * length[:, None]
@@ -250,7 +249,7 @@ class SteerableEngine(Engine):
         n_psi = polar.n_angles * (1 if self.training else FINER_ANGLES)
         if not self.shifts and ctf.shape[-1] == 1:
             centred = images * by_variance[:, None, ring, 0]
-            look = Look(polar, polar.dense(centred)[:, None], power, n_psi)
+            look = Look(polar, polar.by_order(centred)[:, :, None], power, n_psi)
             return look, centred * restore[:, None, ring, 0]
         samples = polar.shift(polar.samples(images), here) * by_variance
         restored = polar.pack(polar.spectra(samples * restore))
