@@ -105,8 +105,9 @@ class PolarTransform(nn.Module):
     box_px:        N.
     radius_px:     R, radius of the soft disc that images are multiplied by.
     max_shift_px:  largest shift later applied to samples; sets the angular oversampling.
+    n_rings:       rings 0 … n_rings - 1 alone, for images band-limited that far; by default all N/2.
 
-    Attributes: ``n_rings`` (0 … N/2 - 1), ``n_orders`` (orders 0 … n_orders - 1), ``n_angles``,
+    Attributes: ``n_rings``, ``n_orders`` (orders 0 … n_orders - 1), ``n_angles``,
     ``n_pairs`` P; buffers ``ring`` and ``order`` (P,) of each pair, ``mask`` (N, N) and
     ``noise_dof`` (n_rings,): how many independent real numbers white noise has on each ring.
     """
@@ -123,10 +124,12 @@ class PolarTransform(nn.Module):
     _interpolate: Tensor
     _deapodise: Tensor
 
-    def __init__(self, box_px: int, radius_px: float, max_shift_px: float = 0.0) -> None:
+    def __init__(
+        self, box_px: int, radius_px: float, max_shift_px: float = 0.0, n_rings: int | None = None
+    ) -> None:
         super().__init__()
         self.box_px, self.radius_px = box_px, radius_px
-        self.n_rings = box_px // 2
+        self.n_rings = box_px // 2 if n_rings is None else n_rings
         rings = torch.arange(self.n_rings, dtype=torch.float64)
         # A Bessel function J_m(x) is negligible a little after m = x.
         limit = torch.ceil(2.0 * math.pi * rings * radius_px / box_px).long() + 2

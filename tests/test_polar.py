@@ -116,3 +116,11 @@ def test_soft_disc_is_one_inside_and_zero_outside():
 @pytest.mark.parametrize(("at_least", "length"), [(120, 120), (121, 128), (7, 8), (402, 432), (9, 10)])
 def test_fast_length(at_least, length):
     assert fast_length(at_least) == length
+
+
+def test_a_coarser_transform_is_the_beginning_of_the_full_one():
+    full, coarse = PolarTransform(BOX, BOX / 2, 4.0), PolarTransform(BOX, BOX / 2, 4.0, n_rings=9)
+    image = draw(0.4, (1.0, -2.0))
+    torch.testing.assert_close(coarse(image), full(image)[..., : coarse.n_pairs], atol=1e-4, rtol=1e-4)
+    assert torch.equal(coarse.noise_dof, full.noise_dof[:9])
+    assert coarse.n_angles < full.n_angles

@@ -35,6 +35,9 @@ ASTIGMATIC_RAD = 0.2  # a CTF phase that differs by less with direction is taken
 LEAST_SCALE = 0.1  # of the generator, over the data's rms; more makes rings without signal noisy
 FARTHEST_STEP = 1.0  # of a step of q's mean, standard deviations of the prior
 MOST_SNR = 10.0  # of a ring, in undoing the CTF for the encoder: its noise grows at most 1.7-fold
+FIRST_RINGS = 0.5  # share of the rings that training begins with
+GROUPS = 100  # of alike particles in a set; where the mean of one is noise, there is nothing to learn
+MARGIN = 2  # rings beyond the last that show signal, so that more can come
 NEAR_RINGS = 5  # over which the generator's scale is smoothed
 LEAST_CTF_POWER = 0.01  # mean square of the CTF; rings that let less through are taken as this
 
@@ -61,6 +64,7 @@ class SteerableConfig:
 class SteerableEngine(Engine):
     """See the module's docstring; the interface is ``engine.Engine``.
 
+    n_rings:        rings looked at, from the centre; grows with the resolution of what is learned.
     noise_variance: of each ring (r,), per pixel; a running average of the posterior residuals.
     signal_power:   of each ring (r,), per pixel; a running average of the generated content.
     shift_variance: of each component of the origin, px².
@@ -73,6 +77,7 @@ class SteerableEngine(Engine):
     )
     largest_box_px: ClassVar[int] = 128
 
+    n_rings: Tensor
     noise_variance: Tensor
     shift_variance: Tensor
     signal_power: Tensor
@@ -83,13 +88,16 @@ class SteerableEngine(Engine):
         super().__init__()
         self.box_px, self.z_dim, self.config = box_px, z_dim, config
         self.kl_weight, self.search_step_px = 1.0, FINEST_STEP_PX
-        self.polar = PolarTransform(box_px, min(config.mask_radius_px, box_px / 2), config.max_shift_px)
-        self.encoder = InvariantEncoder(self.polar, z_dim)
-        self.generator = PolarGenerator(self.polar, z_dim)
+        self.mask_radius_px = min(config.mask_radius_px, box_px / 2)
+        self.full = PolarTransform(box_px, self.mask_radius_px, config.max_shift_px)
+        self.polar = self.full
+        self.encoder = InvariantEncoder(self.full, z_dim)
+        self.generator = PolarGenerator(self.full, z_dim)
         std = config.max_shift_px / 2 if config.shift_std_px is None else config.shift_std_px
-        self.register_buffer("noise_variance", torch.ones(self.polar.n_rings))
+        self.register_buffer("n_rings", torch.tensor(self.full.n_rings))
+        self.register_buffer("noise_variance", torch.ones(self.full.n_rings))
         self.register_buffer("shift_variance", torch.tensor(std**2))
-        self.register_buffer("signal_power", torch.zeros(self.polar.n_rings))
+        self.register_buffer("signal_power", torch.zeros(self.full.n_rings))
         self.register_buffer("signal_energy", torch.tensor(1.0))
         self.register_buffer("origin_px", torch.zeros(0, 2))
 
@@ -98,13 +106,15 @@ class SteerableEngine(Engine):
         if table is not None:  # as many rows as the particles it was trained on
             self.origin_px = self.origin_px.new_zeros(table.shape)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        self._look_as_far_as(int(self.n_rings))
 
     def represent(self, images: Float[Tensor, "b n n"]) -> Float[Tensor, "b 2 p"]:
         """Packed angular coefficients of prepared images."""
-        return self.polar.forward(images)
+        return self.full.forward(images)
 
     def start(self, batches: Iterator[Batch], n_particles: int) -> None:
         """Noise from the rings' power, scale and mean of the generator from the data, all origins 0."""
+        self._look_as_far_as(self.full.n_rings)
         polar, ring = self.polar, self.polar.ring
         power, passed = torch.zeros_like(self.noise_variance), torch.zeros_like(self.noise_variance)
         total, n = torch.zeros_like(self.generator.mean), 0
@@ -133,13 +143,37 @@ class SteerableEngine(Engine):
         self.generator.scale.copy_(torch.stack([scale, scale * (1.0 - unturned)]))
         self.generator.mean.copy_(mean)
         self.origin_px = self.origin_px.new_zeros(n_particles, 2)
+        self._look_as_far_as(math.ceil(FIRST_RINGS * polar.n_rings))
 
     def begin_epoch(self, epoch: int, n_epochs: int) -> None:
-        """KL weight, and step of the origin search from the prior's width down to ``FINEST_STEP_PX``."""
+        """KL weight, step of the origin search from the prior's width down to ``FINEST_STEP_PX``, rings."""
         self.kl_weight = min(1.0, (epoch + 1) / (KL_WARM_UP * n_epochs))
         done = min(1.0, epoch / max(1.0, NARROWING * n_epochs))
         widest = max(FINEST_STEP_PX, self.config.max_shift_px / 2)
         self.search_step_px = widest ** (1.0 - done) * FINEST_STEP_PX**done
+        self._march()
+
+    def _march(self) -> None:
+        """Looks ``MARGIN`` rings beyond the last whose signal a group of particles would show."""
+        enough = self.signal_power > GROUPS / max(1, len(self.origin_px)) * self.noise_variance
+        last = int(enough.nonzero().max()) if bool(enough.any()) else 0
+        wanted = min(last + 1 + MARGIN, self.full.n_rings)
+        if wanted > self.polar.n_rings:
+            self._look_as_far_as(wanted)
+
+    def _look_as_far_as(self, n_rings: int) -> None:
+        """Compares and generates rings 0 … n_rings - 1; the rest is taken as noise."""
+        self.n_rings.fill_(n_rings)
+        device = self.noise_variance.device
+        shape = (self.box_px, self.mask_radius_px, self.config.max_shift_px)
+        whole = n_rings == self.full.n_rings
+        self.polar = self.full if whole else PolarTransform(*shape, n_rings).to(device)
+        self.generator.n_pairs = self.polar.n_pairs
+
+    @property
+    def noise(self) -> Float[Tensor, "r"]:
+        """Noise variance of the rings looked at."""
+        return self.noise_variance[: self.polar.n_rings]
 
     def elbo(self, batch: Batch) -> ElboTerms:
         """Bound per particle; moves the particles' origins and, while training, the running averages."""
@@ -203,8 +237,12 @@ class SteerableEngine(Engine):
         """Whether particles may be off centre."""
         return bool(self.config.max_shift_px > 0.0)
 
+    def _seen(self, batch: Batch) -> Float[Tensor, "b 2 p"]:
+        """Coefficients of the rings looked at."""
+        return batch.image[..., : self.polar.n_pairs].float()
+
     def _by_ring(self, values: Float[Tensor, "p"]) -> Float[Tensor, "r"]:
-        return torch.zeros_like(self.noise_variance).index_add_(0, self.polar.ring, values)
+        return values.new_zeros(self.polar.n_rings).index_add_(0, self.polar.ring, values)
 
     def _trial_origins(self, index: Int[Tensor, "b"]) -> tuple[Float[Tensor, "b 2"], Float[Tensor, "t 2"]]:
         """Where the particles are now, and jittered offsets around it."""
@@ -240,12 +278,12 @@ class SteerableEngine(Engine):
         The encoder is shown y / sigma (noise of variance 1) with its CTF undone as far as the
         ring's signal-to-noise ratio allows (Wiener).
         """
-        polar, ring, images = self.polar, self.polar.ring, batch.image.float()
-        ctf = self._ctf(batch)
-        by_variance = ctf / self.noise_variance[:, None]
+        polar, ring, noise = self.polar, self.polar.ring, self.noise[:, None]
+        images, ctf = self._seen(batch), self._ctf(batch)
+        by_variance = ctf / noise
         power = ctf * by_variance
-        snr = (self.signal_power / self.noise_variance).clamp(max=MOST_SNR)[:, None]
-        restore = (1.0 + snr) / (1.0 + snr * ctf.square()) * self.noise_variance[:, None].sqrt()
+        snr = (self.signal_power[: polar.n_rings, None] / noise).clamp(max=MOST_SNR)
+        restore = (1.0 + snr) / (1.0 + snr * ctf.square()) * noise.sqrt()
         n_psi = polar.n_angles * (1 if self.training else FINER_ANGLES)
         if not self.shifts and ctf.shape[-1] == 1:
             centred = images * by_variance[:, None, ring, 0]
@@ -257,7 +295,7 @@ class SteerableEngine(Engine):
 
     def encode(self, restored: Float[Tensor, "b 2 p"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]]:
         """Mean and log standard deviation of q(z | image)."""
-        mean, log_std = self.encoder(restored)
+        mean, log_std = self.encoder(self.polar.by_order(restored))
         return FARTHEST_Z * torch.tanh(mean.float() / FARTHEST_Z), log_std.float()
 
     def log_prior(
@@ -275,8 +313,8 @@ class SteerableEngine(Engine):
     def empty_image(self, batch: Batch) -> Float[Tensor, "b"]:
         """Log likelihood of each image as noise alone, nats."""
         variance = self.noise_variance
-        whitened = batch.image.float().square() / variance[self.polar.ring]
-        constant = (self.polar.noise_dof * torch.log(2.0 * math.pi * variance)).sum()
+        whitened = batch.image.float().square() / variance[self.full.ring]
+        constant = (self.full.noise_dof * torch.log(2.0 * math.pi * variance)).sum()
         return -0.5 * whitened.sum((1, 2)) - 0.5 * constant
 
     # -- what is learned without gradients ---------------------------------------------------
@@ -290,11 +328,11 @@ class SteerableEngine(Engine):
     ) -> None:
         """Running averages: residual power of each ring, origin variance, energy of a particle."""
         explained = (2.0 * pose.aligned - pose.filtered) * content
-        residual = batch.image.float().square() - explained * self.noise_variance[self.polar.ring]
+        residual = self._seen(batch).square() - explained * self.noise[self.polar.ring]
         power = self._by_ring(residual.sum((0, 1))) / (len(batch) * self.polar.noise_dof)
-        self.noise_variance.lerp_(power.clamp(min=1e-6), 1.0 - MEMORY)
+        self.noise.lerp_(power.clamp(min=1e-6), 1.0 - MEMORY)
         signal = self._by_ring(content.square().sum((0, 1))) / (len(batch) * self.polar.noise_dof)
-        self.signal_power.lerp_(signal, 1.0 - MEMORY)
+        self.signal_power[: self.polar.n_rings].lerp_(signal, 1.0 - MEMORY)
         self.signal_energy.lerp_((pose.filtered * content).sum((1, 2)).mean(), 1.0 - MEMORY)
         if self.shifts and self.config.shift_std_px is None:
             second = (pose.probability.sum(-1) * origins.square().sum(-1)).sum(1).mean() / 2

@@ -137,7 +137,7 @@ def test_decoded_images_are_the_aligned_particles(hinge):
 def turned(batch: Batch, engine: SteerableEngine, angle_rad: float) -> Batch:
     """The same particles turned by an angle, without interpolation."""
     real, imag = batch.image.unbind(1)
-    phase = torch.exp(1j * angle_rad * engine.polar.order)
+    phase = torch.exp(1j * angle_rad * engine.full.order)
     image = torch.complex(real, imag) * phase
     return Batch(batch.index, torch.stack([image.real, image.imag], 1), batch.ctf)
 
@@ -156,8 +156,8 @@ def test_the_encoder_is_invariant_to_its_turns(hinge):
     engine, made = hinge
     engine.eval()
     batch = batches_of(engine, made.images[:64])[0]
-    plain, _ = engine.encoder(batch.image)
-    rotated, _ = engine.encoder(turned(batch, engine, 3 * math.pi / 8).image)
+    plain, _ = engine.encode(engine._seen(batch))
+    rotated, _ = engine.encode(engine._seen(turned(batch, engine, 3 * math.pi / 8)))
     torch.testing.assert_close(plain, rotated, atol=1e-4, rtol=1e-3)
 
 
@@ -278,7 +278,7 @@ def test_a_ctf_is_taken_into_account(astigmatism_angst):
     }  # fmt: skip
     ctf = CtfTable(**{name: torch.full((n,), value) for name, value in column.items()})
     reference = align_images(made.images, made.psi_rad, made.origin_px)
-    engine = new_engine(made.images)
+    engine = SteerableEngine(BOX, 1, SteerableConfig(max_shift_px=0.0))
     content = engine.polar(reference)
     psi = 2 * math.pi / engine.polar.n_angles * (9 * torch.arange(n))
     turned_content = torch.complex(content[0, 0], content[0, 1]) * torch.exp(
@@ -347,11 +347,11 @@ def test_start_reads_scale_and_noise_off_the_data():
     made = truth(n=128)
     engine = new_engine(made.images)
     power = engine.represent(made.images).square().sum(1).mean(0)
-    ring = engine.polar.ring == 9
-    assert float(engine.noise_variance[9] * engine.polar.noise_dof[9]) == pytest.approx(
+    ring = engine.full.ring == 9
+    assert float(engine.noise_variance[9] * engine.full.noise_dof[9]) == pytest.approx(
         float(power[ring].sum()), rel=1e-4
     )
-    assert engine.generator.mean[0, engine.polar.order > 0].abs().max() == 0
+    assert engine.generator.mean[0, engine.full.order > 0].abs().max() == 0
 
 
 def test_modes_of_an_angle():
@@ -381,6 +381,34 @@ def test_config_is_checked(wrong):
         SteerableConfig(**wrong)
 
 
+def test_it_looks_as_far_out_as_there_is_signal(hinge):
+    engine, made = hinge
+    clean = align_images(made.images, made.psi_rad, made.origin_px).mean(0, keepdim=True)
+    assert BOX // 4 <= engine.polar.n_rings < engine.full.n_rings
+    beyond = engine.noise_variance[engine.polar.n_rings :]
+    assert (beyond - 1.0).abs().max() < 0.1, "signal is left beyond the last ring"
+    decoded = engine.decode(torch.zeros(1, 1))
+    power = engine._by_ring(engine.represent(clean)[..., : engine.polar.n_pairs].square().sum((0, 1)))
+    assert power[-1] < 0.01 * power.max()
+    assert decoded.shape == (1, BOX, BOX)
+
+
+def test_rings_are_taken_in_as_their_signal_is_learned():
+    engine = SteerableEngine(BOX, 1, SteerableConfig(max_shift_px=0.0))
+    made = truth(n=256)
+    engine.start(iter(batches_of(engine, made.images)), 256)
+    first = engine.polar.n_rings
+    engine.begin_epoch(0, 10)
+    assert engine.polar.n_rings == first, "nothing is learned yet"
+    engine.signal_power[: first] = engine.noise
+    engine.begin_epoch(1, 10)
+    assert engine.polar.n_rings == first + steerable.MARGIN
+    other = SteerableEngine(BOX, 1, SteerableConfig(max_shift_px=0.0))
+    other.load_state_dict(engine.state_dict())
+    assert other.polar.n_rings == engine.polar.n_rings
+    assert other.decode(torch.zeros(1, 1)).equal(engine.decode(torch.zeros(1, 1)))
+
+
 def test_schedules_rise_and_narrow():
     engine = SteerableEngine(BOX, 1, SteerableConfig(max_shift_px=4.0))
     weights, steps = [], []
@@ -400,7 +428,7 @@ def test_the_encoder_cannot_run_away():
     """Unbounded means of q made single seeds collapse, and all of them with a CTF."""
     made = truth(n=16)
     engine = new_engine(made.images).eval()
-    mean, _ = engine.encode(1e4 * engine.represent(made.images))
+    mean, _ = engine.encode(1e4 * engine._seen(batches_of(engine, made.images)[0]))
     assert mean.abs().max() <= refinement.FARTHEST_Z
 
 
@@ -428,6 +456,6 @@ def test_undoing_the_ctf_amplifies_noise_no_more_than_the_strongest_ring_allows(
     engine.signal_power.copy_(1e6 * engine.noise_variance)
     batch = batches_of(engine, made.images, made.ctf)[0]
     _, restored = engine.look(batch, torch.zeros(16, 2), torch.zeros(1, 2))
-    whitened = batch.image / engine.noise_variance[engine.polar.ring].sqrt()
+    whitened = engine._seen(batch) / engine.noise[engine.polar.ring].sqrt()
     most = (1.0 + steerable.MOST_SNR) / (2.0 * math.sqrt(steerable.MOST_SNR))
     assert (restored.abs() <= 1.001 * most * whitened.abs() + 1e-6).all()
