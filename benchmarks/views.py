@@ -2,7 +2,8 @@
 
     python -m benchmarks.views --source ../shared/data/motion [--n-particles 8000] [--seeds 3] [--relion]
 
-The molecule is seen from uniform directions, 64 px, SNR 0.1, shifts of 1 px, CTF of 1 to 2.5 µm. With
+The molecule is seen from uniform directions, 64 px, SNR 0.1, shifts of 1 px, CTF of 1 to 2.5 µm. Without
+--source it is the built-in hinge at rest. The limit (``views_limit``) is taken on some of the particles. With
 --relion, RELION's 2-D classification runs on the same particles (its classes stand in for z).
 """
 
@@ -20,9 +21,12 @@ import torch
 
 from benchmarks import trials
 from benchmarks.measures import like_view_error_deg, neighbour_view_deg
+from benchmarks.views_limit import limit
 from cryo_svae import geometry
 from cryo_svae.formats.star import read_star
 from cryo_svae.simulate import SimulateConfig, Simulated, simulate, view_rotation, write_simulated
+
+SHIFT_STD_PX = 1.0
 
 
 def config_of(n_particles: int, seed: int, source: Path | None) -> SimulateConfig:
@@ -33,7 +37,7 @@ def config_of(n_particles: int, seed: int, source: Path | None) -> SimulateConfi
         n_particles=n_particles,
         box=64,
         snr=0.1,
-        shift_std_px=1.0,
+        shift_std_px=SHIFT_STD_PX,
         defocus_min_angst=10_000.0,
         defocus_max_angst=25_000.0,
         n_micrographs=50,
@@ -107,6 +111,7 @@ def main() -> None:
     parser.add_argument("--n-particles", type=int, default=8000)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--limit-images", type=int, default=300)
     parser.add_argument("--relion", action="store_true")
     parser.add_argument("--relion-classes", type=int, default=50)
     parser.add_argument("--relion-iterations", type=int, default=25)
@@ -115,10 +120,12 @@ def main() -> None:
         f"{arguments.n_particles} views of 64 px, medians of {arguments.seeds} seeds",
         f"{'program':24s} in-plane/deg  neighbours in z/deg  s  img/s (a pass)",
     ]
-    rows = []
+    rows, limits = [], []
     for seed in range(arguments.seeds):
         simulated = simulate(config_of(arguments.n_particles, seed, arguments.source))
+        limits.append(limit(simulated, arguments.source, SHIFT_STD_PX, arguments.limit_images))
         rows.append(steerable_row(simulated, seed, arguments.epochs))
+    lines.append(_line("limit", limits))
     lines.append(_line("steerable, z-dim 8", rows))
     print("\n".join(lines), flush=True)
     if arguments.relion and shutil.which("relion_refine"):
@@ -132,10 +139,10 @@ def main() -> None:
 
 def _line(name: str, rows: list[dict[str, float]]) -> str:
     values = {key: trials.median([row[key] for row in rows]) for key in rows[0]}
-    return (
-        f"{name:24s} {values['in_plane']:12.2f} {values['neighbours']:20.2f} "
-        f"{values['seconds']:6.0f} {values['rate']:8.0f}"
-    )
+    text = f"{name:24s} {values['in_plane']:12.2f} {values['neighbours']:20.2f}"
+    if "seconds" not in values:
+        return text
+    return f"{text} {values['seconds']:6.0f} {values['rate']:8.0f}"
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class SteerableEngine(Engine):
     """
 
     training_defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
-        epochs=(10, 60), images=100_000, batch_size=128, learning_rate=2e-3, schedule="one-cycle"
+        epochs=(10, 60), images=250_000, batch_size=128, learning_rate=2e-3, schedule="one-cycle"
     )
     largest_box_px: ClassVar[int] = 128
 
