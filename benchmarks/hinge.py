@@ -181,7 +181,10 @@ def _row(name, engine, scores, limits, times, speed) -> str:
     worst = min(row[key] for row in scores for key in zs)
     angle = trials.median([row["angle_deg"] for row in scores])
     shift = trials.median([row["shift_px"] for row in scores])
-    text = f"{name:17s} {engine:12s} {of_limit(zs):14s} {worst:6.3f} {of_limit(['rotation']):14s} {angle:9.2f} {shift:9.2f}"
+    text = (
+        f"{name:17s} {engine:12s} {of_limit(zs):14s} {worst:6.3f} {of_limit(['rotation']):14s} "
+        f"{angle:9.2f} {shift:9.2f}"
+    )
     if times is None:
         return text
     seconds = trials.median([s for s, _ in speed])

@@ -3,8 +3,9 @@
     python -m benchmarks.views --source ../shared/data/motion [--n-particles 8000] [--seeds 3] [--relion]
 
 The molecule is seen from uniform directions, 64 px, SNR 0.1, shifts of 1 px, CTF of 1 to 2.5 µm. Without
---source it is the built-in hinge at rest. The limit (``views_limit``) is taken on some of the particles. With
---relion, RELION's 2-D classification runs on the same particles (its classes stand in for z).
+--source it is the built-in hinge at rest. The limit (``views_limit``) is taken on some of the
+particles. With --relion, RELION's 2-D classification runs on the same particles (its classes stand in
+for z).
 """
 
 from __future__ import annotations

@@ -102,12 +102,12 @@ class Look:
         """The posterior under log prior masses of the trial origins and uniform psi."""
         joint = self.scores(content[:, None], log_prior)[:, 0]
         log_evidence, probability = normalised(joint)
-        kl = (probability * (joint - log_prior[..., None])).sum((1, 2)) + math.log(self.n_psi) - log_evidence
+        log_ratio = (probability * (joint - log_prior[..., None])).sum((1, 2)) + math.log(self.n_psi)
         turn = torch.fft.rfft(probability)[..., : self.spectra.shape[1]]
         aligned = turn.permute(0, 2, 1)[:, :, None] @ self.spectra
         filtered = self.filtered(content[:, None], probability.sum(1))[:, 0]
         packed = self.polar.packed_from_orders(aligned[:, :, 0])
-        return PosePosterior(log_evidence, probability, kl, packed, filtered)
+        return PosePosterior(log_evidence, probability, log_ratio - log_evidence, packed, filtered)
 
 
 def normalised(log_mass: Float[Tensor, "b *more"]) -> tuple[Float[Tensor, "b"], Float[Tensor, "b *more"]]:
