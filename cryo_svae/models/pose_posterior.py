@@ -89,7 +89,8 @@ class Look:
         power = torch.fft.irfft(spectrum * turn, n=self.power.shape[-1])[:, None]
         samples = self.polar.samples(content.flatten(0, 1)).unflatten(0, content.shape[:2])
         seen = self.polar.spectra((power * samples).flatten(0, 1))
-        return self.polar.pack(seen).unflatten(0, content.shape[:2])
+        packed: Tensor = self.polar.pack(seen).unflatten(0, content.shape[:2])
+        return packed
 
     def scores(
         self, content: Float[Tensor, "b k 2 p"], log_prior: Float[Tensor, "b t"]

@@ -242,7 +242,8 @@ class SteerableEngine(Engine):
         return batch.image[..., : self.polar.n_pairs].float()
 
     def _by_ring(self, values: Float[Tensor, "p"]) -> Float[Tensor, "r"]:
-        return values.new_zeros(self.polar.n_rings).index_add_(0, self.polar.ring, values)
+        sums: Tensor = values.new_zeros(self.polar.n_rings).index_add_(0, self.polar.ring, values)
+        return sums
 
     def _trial_origins(self, index: Int[Tensor, "b"]) -> tuple[Float[Tensor, "b 2"], Float[Tensor, "t 2"]]:
         """Where the particles are now, and jittered offsets around it."""
