@@ -1,8 +1,9 @@
 """Exact posteriors of single particles under a trained steerable engine.
 
-Origins are searched from coarse to fine; then z goes from the encoder's answer to the mode of
-p(z | image), the pose summed out, and importance points around it give the means, spreads and the
-evidence. Nothing of the engine is changed, and no particle depends on its neighbours.
+Origins are searched from coarse to fine, at first with contents known from training; then z goes from
+there, or from the encoder's answer, to the mode of p(z | image), the pose summed out, and importance
+points around it give the means, spreads and the evidence. Nothing of the engine is changed, and no
+particle depends on its neighbours.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from cryo_svae.models.steerable import SteerableEngine
 
 COARSE_STEP_PX = 1.5  # of the first search of origins
-COARSE_CONTENTS = 4  # contents it is tried with
 FINE_DISC = 2.3  # radius of the last grid of origins, in steps of one posterior standard deviation
 FINE_STEP_PX = (0.15, 1.0)  # least and greatest such step
 FINER_ANGLES = 2  # times as many rotations are summed over in inference as in training
@@ -43,6 +43,7 @@ class PosteriorSearch:
     def __init__(self, engine: SteerableEngine) -> None:
         self.engine = engine
         self.points = importance_points(engine.z_dim).to(engine.noise_variance)
+        self.coarse = engine.coarser(math.ceil(engine.box_px / (4.0 * COARSE_STEP_PX)))
 
     def posterior(self, batch: Batch) -> Posterior:
         """Posterior of each particle."""
@@ -57,12 +58,14 @@ class PosteriorSearch:
         here, z, step_px = self._first_guess(batch)
         offsets = disc_of_points(FINE_DISC if engine.shifts else 0.0, here.device) * step_px[:, None, None]
         origins = here[:, None] + offsets
-        look, _ = engine.look(batch, here, offsets)
+        look, restored = engine.look(batch, here, offsets)
         log_prior = engine.log_prior(origins, step_px)
+        z = self._better(z, engine.encode(restored)[0], look, log_prior)
         mode, curvature = newton_mode(z, lambda at: self._local_model(at, look, log_prior))
         root = root_covariance(curvature - self._missing_information(mode, look, log_prior))
         at = mode[:, None] + self.points @ root.mT
-        log_total, weight, probability = self._weigh(at, look, log_prior)
+        log_proposal = -0.5 * (self.points / INFLATION).square().sum(1)
+        log_total, weight, probability = self._weigh(at, log_proposal, look, log_prior)
         z_mean = (weight[..., None] * at).sum(1)
         z_variance = (weight[..., None] * (at - z_mean[:, None]).square()).sum(1)
         volume = torch.linalg.slogdet(root).logabsdet + engine.z_dim * math.log(INFLATION)
@@ -84,11 +87,14 @@ class PosteriorSearch:
         )
 
     def _weigh(
-        self, at: Float[Tensor, "b k d"], look: Look, log_prior: Float[Tensor, "b t"]
+        self,
+        at: Float[Tensor, "b k d"],
+        log_proposal: Float[Tensor, "k"],
+        look: Look,
+        log_prior: Float[Tensor, "b t"],
     ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b k"], Float[Tensor, "b t n"]]:
         """Log total and shares of the importance weights of k points, and the mean pose posterior."""
         content = self.engine.generator(at.flatten(0, 1)).unflatten(0, at.shape[:2])
-        log_proposal = -0.5 * (self.points / INFLATION).square().sum(1)
         log_weight = -0.5 * at.square().sum(2) - log_proposal
         joint = look.scores(content, log_prior) + log_weight[..., None, None]
         log_total, share = normalised(joint)
@@ -97,37 +103,48 @@ class PosteriorSearch:
     def _first_guess(
         self, batch: Batch
     ) -> tuple[Float[Tensor, "b 2"], Float[Tensor, "b d"], Float[Tensor, "b"]]:
-        """Origins, encoded z, and the posterior standard deviation of the origin's components in px."""
+        """Origins, z, and the posterior standard deviation of the origin's components in px.
+
+        z is the encoder's or the best of the known contents, whichever explains the particle better.
+        """
         engine = self.engine
-        nowhere = torch.zeros(len(batch), 2, device=engine.noise_variance.device)
-        if not engine.shifts:
-            _, restored = engine.look(batch, nowhere, nowhere[:1])
-            return nowhere, engine.encode(restored)[0], nowhere[:, 0]
-        here = self._coarse_origins(batch, nowhere)
-        step_px = torch.full_like(here[:, 0], COARSE_STEP_PX / 2.0)
-        for finest_px in (COARSE_STEP_PX / 4.0, FINE_STEP_PX[0]):
+        here, z = self._coarse_search(batch)
+        step_px = torch.full_like(here[:, 0], COARSE_STEP_PX / 2.0 if engine.shifts else 0.0)
+        finest = (COARSE_STEP_PX / 4.0, FINE_STEP_PX[0]) if engine.shifts else ()
+        for finest_px in finest:
             offsets = disc_of_points(2.0, here.device) * step_px[:, None, None]
             look, restored = engine.look(batch, here, offsets)
             origins = here[:, None] + offsets
-            content = engine.generator(engine.encode(restored)[0])
-            pose = look.posterior(content, engine.log_prior(origins, step_px))
-            here, variance = mean_origin(pose, origins)
+            log_prior = engine.log_prior(origins, step_px)
+            z = self._better(z, engine.encode(restored)[0], look, log_prior)
+            here, variance = mean_origin(look.posterior(engine.generator(z), log_prior), origins)
             here = engine.within_reach(here)
             step_px = variance.sqrt().clamp(finest_px, FINE_STEP_PX[1])
-        _, restored = engine.look(batch, here, nowhere[:1])
-        return here, engine.encode(restored)[0], step_px
+        return here, z, step_px
 
-    def _coarse_origins(self, batch: Batch, nowhere: Float[Tensor, "b 2"]) -> Float[Tensor, "b 2"]:
-        """Best of a grid over the whole disc of origins, for a few contents drawn from the prior."""
+    def _better(
+        self,
+        z: Float[Tensor, "b d"],
+        other: Float[Tensor, "b d"],
+        look: Look,
+        log_prior: Float[Tensor, "b t"],
+    ) -> Float[Tensor, "b d"]:
+        """Of two contents of each particle, the one of greater posterior density."""
+        both = torch.stack([z, other], 1)
+        share = self._weigh(both, torch.zeros(2, device=z.device), look, log_prior)[1]
+        return torch.where(share[:, :1] > share[:, 1:], z, other)
+
+    def _coarse_search(self, batch: Batch) -> tuple[Float[Tensor, "b 2"], Float[Tensor, "b d"]]:
+        """The best of a grid over the whole disc of origins, and of the known contents."""
         engine = self.engine
-        offsets = (
-            disc_of_points(engine.config.max_shift_px / COARSE_STEP_PX, nowhere.device) * COARSE_STEP_PX
-        )
-        look, _ = engine.look(batch, nowhere, offsets)
-        content = engine.generator(self.points[:COARSE_CONTENTS]).expand(len(batch), -1, -1, -1)
-        prior = engine.log_prior(offsets.expand(len(batch), -1, -1), COARSE_STEP_PX)
-        _, share = normalised(look.scores(content, prior))
-        return offsets[share.sum((1, 3)).argmax(1)]
+        reach = engine.config.max_shift_px / COARSE_STEP_PX
+        offsets = disc_of_points(reach, engine.known_z.device) * COARSE_STEP_PX
+        look, _ = engine.look(batch, offsets.new_zeros(len(batch), 2), offsets, self.coarse)
+        content = engine.generator(engine.known_z)[..., : self.coarse.n_pairs]
+        log_prior = engine.log_prior(offsets.expand(len(batch), -1, -1), COARSE_STEP_PX)
+        _, share = normalised(look.scores(content.expand(len(batch), -1, -1, -1), log_prior))
+        share = share.sum(3)
+        return offsets[share.sum(1).argmax(1)], engine.known_z[share.sum(2).argmax(1)]
 
     def _slopes(self, z: Float[Tensor, "b d"]) -> tuple[Float[Tensor, "b 2 p"], Float[Tensor, "b d 2 p"]]:
         """Generated coefficients, and their derivatives by each component of z."""

@@ -38,6 +38,8 @@ MOST_SNR = 10.0  # of a ring, in undoing the CTF for the encoder: its noise grow
 FIRST_RINGS = 0.5  # share of the rings that training begins with
 GROUPS = 100  # of alike particles in a set; where the mean of one is noise, there is nothing to learn
 MARGIN = 2  # rings beyond the last that show signal, so that more can come
+KNOWN = 64  # contents kept, with which new particles are first compared
+KNOWN_ANEW = 2  # of them taken from each batch
 NEAR_RINGS = 5  # over which the generator's scale is smoothed
 LEAST_CTF_POWER = 0.01  # mean square of the CTF; rings that let less through are taken as this
 
@@ -70,6 +72,7 @@ class SteerableEngine(Engine):
     shift_variance: of each component of the origin, px².
     signal_energy:  running average of <h² c / sigma², c>, the log evidence scale of a particle.
     origin_px:      current origin of each training particle (n, 2).
+    known_z:        contents of some training particles (k, d), seen last.
     """
 
     training_defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
@@ -83,6 +86,7 @@ class SteerableEngine(Engine):
     signal_power: Tensor
     signal_energy: Tensor
     origin_px: Tensor
+    known_z: Tensor
 
     def __init__(self, box_px: int, z_dim: int, config: SteerableConfig) -> None:
         super().__init__()
@@ -100,6 +104,7 @@ class SteerableEngine(Engine):
         self.register_buffer("signal_power", torch.zeros(self.full.n_rings))
         self.register_buffer("signal_energy", torch.tensor(1.0))
         self.register_buffer("origin_px", torch.zeros(0, 2))
+        self.register_buffer("known_z", torch.randn(KNOWN, z_dim))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         table = state_dict.get(prefix + "origin_px")
@@ -119,7 +124,7 @@ class SteerableEngine(Engine):
         power, passed = torch.zeros_like(self.noise_variance), torch.zeros_like(self.noise_variance)
         total, n = torch.zeros_like(self.generator.mean), 0
         for batch in batches:
-            ctf, image = self._ctf(batch).mean(-1), batch.image.float()
+            ctf, image = self._ctf(batch, polar).mean(-1), batch.image.float()
             power += self._by_ring(image.square().sum((0, 1)))
             passed += ctf.square().sum(0)
             total += (image * ctf[:, None, ring]).sum(0)
@@ -163,12 +168,17 @@ class SteerableEngine(Engine):
 
     def _look_as_far_as(self, n_rings: int) -> None:
         """Compares and generates rings 0 … n_rings - 1; the rest is taken as noise."""
-        self.n_rings.fill_(n_rings)
-        device = self.noise_variance.device
-        shape = (self.box_px, self.mask_radius_px, self.config.max_shift_px)
-        whole = n_rings == self.full.n_rings
-        self.polar = self.full if whole else PolarTransform(*shape, n_rings).to(device)
+        self.polar = self.full
+        self.polar = self.coarser(n_rings)
+        self.n_rings.fill_(self.polar.n_rings)
         self.generator.n_pairs = self.polar.n_pairs
+
+    def coarser(self, n_rings: int) -> PolarTransform:
+        """The transform of the inner rings, of those looked at."""
+        if n_rings >= self.polar.n_rings:
+            return self.polar
+        shape = (self.box_px, self.mask_radius_px, self.config.max_shift_px)
+        return PolarTransform(*shape, n_rings).to(self.noise_variance.device)
 
     @property
     def noise(self) -> Float[Tensor, "r"]:
@@ -191,6 +201,7 @@ class SteerableEngine(Engine):
             residual = pose.aligned - pose.filtered
             if self.training:
                 self._learn(batch, content, pose, origins)
+                self.known_z.copy_(torch.cat([self.known_z, mean[:KNOWN_ANEW]])[-KNOWN:])
             self._move(batch.index, pose, origins)
         # The value is ``expected``; the gradient is that of the log evidence (see pose_posterior).
         slope = (residual * (content - content.detach())).sum((1, 2))
@@ -224,7 +235,8 @@ class SteerableEngine(Engine):
             length = (slope * direction).sum(1) / bend.clamp(min=1e-12)
             step = direction * length[:, None]
             step = step * (FARTHEST_STEP / step.norm(dim=1, keepdim=True)).clamp(max=1.0)
-            return (mean + step).clamp(-FARTHEST_Z, FARTHEST_Z) - mean
+            better: Tensor = (mean + step).clamp(-FARTHEST_Z, FARTHEST_Z)
+            return better - mean
 
     def decode(self, z: Float[Tensor, "k d"]) -> Float[Tensor, "k n n"]:
         """Generated images at pose zero, CTF-free, white particle, inside the soft disc."""
@@ -239,11 +251,11 @@ class SteerableEngine(Engine):
 
     def _seen(self, batch: Batch) -> Float[Tensor, "b 2 p"]:
         """Coefficients of the rings looked at."""
-        return batch.image[..., : self.polar.n_pairs].float()
+        seen: Tensor = batch.image[..., : self.polar.n_pairs].float()
+        return seen
 
     def _by_ring(self, values: Float[Tensor, "p"]) -> Float[Tensor, "r"]:
-        sums: Tensor = values.new_zeros(self.polar.n_rings).index_add_(0, self.polar.ring, values)
-        return sums
+        return torch.zeros_like(self.noise).index_add_(0, self.polar.ring, values)
 
     def _trial_origins(self, index: Int[Tensor, "b"]) -> tuple[Float[Tensor, "b 2"], Float[Tensor, "t 2"]]:
         """Where the particles are now, and jittered offsets around it."""
@@ -253,12 +265,12 @@ class SteerableEngine(Engine):
         jitter = torch.rand(2, device=device) - 0.5
         return self.origin_px[index], (disc_of_points(2.0, device) + jitter) * self.search_step_px
 
-    def _ctf(self, batch: Batch) -> Float[Tensor, "b r a"]:
+    def _ctf(self, batch: Batch, polar: PolarTransform) -> Float[Tensor, "b r a"]:
         """CTF on the polar samples; one angle where it is round, and 1 without CTF."""
         device = self.noise_variance.device
         table = batch.ctf
         if table is None:
-            return torch.ones(len(batch), self.polar.n_rings, 1, device=device)
+            return torch.ones(len(batch), polar.n_rings, 1, device=device)
         mean = (table.defocus_u_angst + table.defocus_v_angst) / 2
         half = (table.defocus_u_angst - table.defocus_v_angst).abs() / 2
         wavelength = electron_wavelength_angst(table.voltage_kv)
@@ -266,21 +278,27 @@ class SteerableEngine(Engine):
         if float(differs.max()) <= ASTIGMATIC_RAD:
             table, n_angles = replace(table, defocus_u_angst=mean, defocus_v_angst=mean), 1
         else:
-            n_angles = self.polar.n_angles
-        radius = torch.arange(self.polar.n_rings, device=device)[:, None] / self.box_px
+            n_angles = polar.n_angles
+        radius = torch.arange(polar.n_rings, device=device)[:, None] / self.box_px
         phi = 2.0 * math.pi / n_angles * torch.arange(n_angles, device=device)
         return ctf_at(table, torch.stack([radius * torch.cos(phi), radius * torch.sin(phi)], -1)).float()
 
     def look(
-        self, batch: Batch, here: Float[Tensor, "b 2"], offsets: Float[Tensor, "*each t 2"]
+        self,
+        batch: Batch,
+        here: Float[Tensor, "b 2"],
+        offsets: Float[Tensor, "*each t 2"],
+        polar: PolarTransform | None = None,
     ) -> tuple[Look, Float[Tensor, "b 2 p"]]:
         """Particles at trial origins here + offsets; and centred at ``here`` for the encoder.
 
-        The encoder is shown y / sigma (noise of variance 1) with its CTF undone as far as the
-        ring's signal-to-noise ratio allows (Wiener).
+        A coarser ``polar`` than the engine's looks at fewer rings. The encoder is shown y / sigma
+        (noise of variance 1) with its CTF undone as far as the ring's signal-to-noise ratio allows
+        (Wiener).
         """
-        polar, ring, noise = self.polar, self.polar.ring, self.noise[:, None]
-        images, ctf = self._seen(batch), self._ctf(batch)
+        polar = self.polar if polar is None else polar
+        ring, noise = polar.ring, self.noise_variance[: polar.n_rings, None]
+        images, ctf = batch.image[..., : polar.n_pairs].float(), self._ctf(batch, polar)
         by_variance = ctf / noise
         power = ctf * by_variance
         snr = (self.signal_power[: polar.n_rings, None] / noise).clamp(max=MOST_SNR)
