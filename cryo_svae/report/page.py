@@ -144,7 +144,7 @@ def _header(data: ReportData) -> str:
         (str(data.n_classes), "class" if data.n_classes == 1 else "classes"),
     ]
     if data.averages is not None and np.isfinite(data.averages.resolution_angst).any():
-        facts.append((_angst(float(np.nanmin(data.averages.resolution_angst))), "best class"))
+        facts.append((_angst(float(np.nanmedian(data.averages.resolution_angst))), "median class"))
     listed = "".join(f"<div><dt>{label}</dt><dd>{escape(value)}</dd></div>" for value, label in facts)
     return (
         f"<h1>{escape(data.title)}</h1>"
@@ -183,7 +183,9 @@ def _classes(data: ReportData, colours: list[str]) -> str:
             "with the resolution of its two half-sets and their FRC up to Nyquist (dashed: 0.143). "
         )
     return (
-        f"<p>{intro}Each image has its own grey scale. Tick classes to get the command that keeps them.</p>"
+        f"<p>{intro}Each image has its own grey scale. Tick classes to get the command that keeps them. "
+        "The pictures are turned and moved to one another, to be compared; the files keep the frame that "
+        "the particles’ psi and origins belong to (classes.star holds the turns).</p>"
         f'<div class="cards{"" if averages is None else " pairs"}">{"".join(cards)}</div>'
         f'<p class="command" id="keep" data-command="{escape(command)}" hidden>'
         "<span></span> <code></code></p>"
@@ -260,7 +262,8 @@ def _traversals(data: ReportData) -> str:
         return ""
     figures = "".join(_traversal(traversal) for traversal in data.traversals)
     return (
-        "<p>Decoded images along one direction, the others at their means, on one grey scale. "
+        "<p>Decoded images along each axis of z and along its principal axes (pc), between the 2nd and "
+        "98th percentiles of the particles, all else at the mean; one grey scale for each. "
         f'What moves here is what the model found to vary.</p><div class="traversals">{figures}</div>'
     )
 
