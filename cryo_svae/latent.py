@@ -34,8 +34,8 @@ class Line:
 
     place: (n,) where each particle projects onto it: its own z on a latent axis, its distance from
            the mean on a principal axis.
-    step:  (11,) places at the 2nd to 98th percentiles of the usable particles.
-    point: (11, d) the same in the latent space.
+    step:  (s,) places at the 2nd to 98th percentiles of the usable particles.
+    point: (s, d) the same in the latent space.
     """
 
     place: NDArray[np.float64]
@@ -62,7 +62,7 @@ def line_names(z_dim: int) -> list[str]:
     return [f"z{k + 1}" for k in range(z_dim)] + [f"pc{k + 1}" for k in range(shown)]
 
 
-def line(z: Reals, usable: NDArray[np.bool_], name: str) -> Line:
+def line(z: Reals, usable: NDArray[np.bool_], name: str, n_steps: int = STEPS) -> Line:
     """The line ``z1`` … ``zd`` or ``pc1`` … ``pcd`` through z (n, d), of which one is usable at least."""
     axes = principal_axes(z[usable])
     number = int(name.lstrip("zpc")) - 1
@@ -71,6 +71,6 @@ def line(z: Reals, usable: NDArray[np.bool_], name: str) -> Line:
     else:
         direction, zero = np.eye(z.shape[1])[number], np.zeros(z.shape[1])
     place = (z.astype(np.float64) - zero) @ direction
-    step = np.percentile(place[usable], np.linspace(*PERCENT, STEPS))
+    step = np.percentile(place[usable], np.linspace(*PERCENT, n_steps))
     point = axes.mean + np.outer(step - (axes.mean - zero) @ direction, direction)
     return Line(place=place, step=step, point=point)

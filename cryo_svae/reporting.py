@@ -138,19 +138,21 @@ def _traversals(
 
 
 def _manifold(checkpoint: Checkpoint, table: EstimateTable, device: torch.device) -> report.Manifold | None:
-    """Images over the 2nd to 98th percentiles of the first two dimensions, the others at their means."""
+    """Images over the first two dimensions, or principal axes where there are more; the rest at means."""
     if not table.usable.any():
         return None
-    z = table.z[table.usable]
-    percent = np.linspace(2, 98, MANIFOLD_STEPS)
-    z1 = np.percentile(z[:, 0], percent)
-    z2 = np.percentile(z[:, 1], percent) if z.shape[1] > 1 else np.zeros(1)
-    points = np.tile(z.mean(0), (len(z2), len(z1), 1))
-    points[:, :, 0] = z1
-    if z.shape[1] > 1:
-        points[:, :, 1] = z2[:, None]
-    images = averages.decode(checkpoint, points.reshape(-1, z.shape[1]), device)
-    return report.Manifold(image=images.reshape(len(z2), len(z1), *images.shape[1:]).numpy(), z1=z1, z2=z2)
+    z_dim = table.z.shape[1]
+    names = ("pc1", "pc2") if z_dim > 2 else ("z1", "z2")
+    across = latent.line(table.z, table.usable, names[0], MANIFOLD_STEPS)
+    points = across.point[None]
+    up = np.zeros(1)
+    if z_dim > 1:
+        upwards = latent.line(table.z, table.usable, names[1], MANIFOLD_STEPS)
+        up, mean = upwards.step, table.z[table.usable].mean(0)
+        points = points + (upwards.point - mean)[:, None]
+    images = averages.decode(checkpoint, points.reshape(-1, z_dim), device).numpy()
+    grid = images.reshape(len(up), MANIFOLD_STEPS, *images.shape[1:])
+    return report.Manifold(image=grid, across=across.step, up=up, names=names)
 
 
 def reconstruct(

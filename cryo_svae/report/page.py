@@ -234,18 +234,18 @@ def _latent(data: ReportData) -> str:
 def _manifold(data: ReportData) -> str:
     if data.manifold is None:
         return ""
-    across, up = np.argsort(data.manifold.z1), np.argsort(-data.manifold.z2)
+    across, up = np.argsort(data.manifold.across), np.argsort(-data.manifold.up)
     rows, columns = len(up), len(across)
     tile = min(LARGEST_SIDE_PX, LARGEST_MANIFOLD_PX // max(rows, columns))
     images = shrink(data.manifold.image, tile)[up][:, across]
     picture = _image(sheet(to_grey(images, together=True)), "decoded images over the latent space")
-    z1, z2 = data.manifold.z1[across], data.manifold.z2[up]
-    two = data.z_dim > 1 and rows > 1
-    left = f'<div class="up">{_ends(z2[0], "z2", z2[-1])}</div>' if two else ""
-    below = f'<div class="across">{_ends(z1[0], "z1", z1[-1])}</div>'
+    x, y = data.manifold.across[across], data.manifold.up[up]
+    (first, second), two = data.manifold.names, rows > 1
+    left = f'<div class="up">{_ends(y[0], second, y[-1])}</div>' if two else ""
+    below = f'<div class="across">{_ends(x[0], first, x[-1])}</div>'
     rest = ", the other dimensions at their means" if data.z_dim > (2 if two else 1) else ""
     kind = "manifold strip" if rows == 1 else "manifold"
-    where = "the first two latent dimensions" if two else "the first latent dimension"
+    where = f"the plane of {first} and {second}" if two else first
     return (
         f"<p>What the generator makes of points over {where}{rest}, in one pose, without noise or CTF; "
         f'one grey scale for all.</p><div class="{kind}">{left}{picture}{below}</div>'
@@ -298,7 +298,7 @@ def _examples(data: ReportData) -> str:
         figures.append(
             f'<figure class="example"><div class="pictures">{pictures}</div>'
             f"<figcaption><b>{number:,}</b> class {data.class_number[row]}, "
-            f"merit {data.figure_of_merit[row]:.2f}</figcaption></figure>"
+            f"merit {charts.number_text(round(float(data.figure_of_merit[row]), 2))}</figcaption></figure>"
         )
     return (
         "<p>Particles as the model sees them, the same smoothed for the eye, and their reconstructions "
@@ -552,10 +552,14 @@ def _figures(parts: Sequence[tuple[str, str]]) -> str:
 
 def _files(data: ReportData) -> str:
     rows = []
+    traversals = [name for name in data.files if name.startswith("traversal")]
     for name in data.files:
-        key = "traversal" if name.startswith("traversal") else name.split("/")[0]
-        if key in OUTPUTS:
-            rows.append(f"<tr><td><code>{escape(name)}</code></td><td>{OUTPUTS[key]}</td></tr>")
+        key = "traversal" if name in traversals else name
+        shown = f"<code>{escape(name)}</code>"
+        if name in traversals[:1] and len(traversals) > 1:
+            shown += f" … <code>{escape(traversals[-1])}</code>"
+        if key in OUTPUTS and name not in traversals[1:]:
+            rows.append(f"<tr><td>{shown}</td><td>{OUTPUTS[key]}</td></tr>")
     if not rows:
         return ""
     return (

@@ -363,7 +363,8 @@
   const again = () => { drawPoints(); drawOverlay(); };
   new ResizeObserver(again).observe(points);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
-  window.addEventListener("beforeprint", () => { document.documentElement.classList.add("printing"); again(); });
+  // Not the overlay: Chromium prints a canvas that is cleared here as opaque, over the points.
+  window.addEventListener("beforeprint", () => { document.documentElement.classList.add("printing"); drawPoints(); });
   window.addEventListener("afterprint", () => { document.documentElement.classList.remove("printing"); again(); });
 
   // ---- Classes to keep

@@ -13,6 +13,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from cryo_svae.report.charts import class_colours
 from cryo_svae.report.page import page
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -247,5 +248,19 @@ def test_light_dark_and_print(make_report, browse, tmp_path):
         assert image[..., :3].std() > 0.05
     assert corners[0] > 0.9
     assert corners[1] < 0.2
-    browse(path, f"--print-to-pdf={tmp_path / 'page.pdf'}")
-    assert (tmp_path / "page.pdf").stat().st_size > 20_000
+
+
+@pytest.mark.skipif(shutil.which("pdftoppm") is None, reason="no pdftoppm (apt-get install poppler-utils)")
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_the_scatter_is_on_paper(make_report, browse, tmp_path, scheme):
+    """Points of both classes' colours, dark on white whatever the screen shows."""
+    path, paper = tmp_path / "page.html", tmp_path / "page.pdf"
+    path.write_text(page(make_report(k=2)), encoding="utf-8")
+    browse(path, f"--blink-settings=preferredColorScheme={scheme}", f"--print-to-pdf={paper}")
+    subprocess.run(["pdftoppm", "-r", "60", paper, tmp_path / "sheet"], check=True)
+    sheets = [matplotlib.image.imread(sheet) for sheet in sorted(tmp_path.glob("sheet*.ppm"))]
+    pixels = np.concatenate([sheet.reshape(-1, 3) for sheet in sheets]) / 255.0
+    assert np.median(pixels) > 0.95
+    for colour in class_colours(2):
+        rgb = np.array([int(colour[k : k + 2], 16) for k in (1, 3, 5)]) / 255
+        assert (np.abs(pixels - rgb).max(1) < 0.15).sum() > 150
