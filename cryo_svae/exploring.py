@@ -100,7 +100,10 @@ def point_of(text: str, z_dim: int) -> NDArray[np.float64]:
         point = np.full((1, 0), np.nan)
     if point.shape[1] != z_dim or not np.isfinite(point).all():
         raise InputError(
-            "--z", found=f"'{text}'", expected=f"{z_dim} numbers, comma between them", remedy="mend it."
+            "--z",
+            found=f"'{text}'",
+            expected=f"{z_dim} numbers, comma between them",
+            remedy="write e.g. --z=0.5,-1.",
         )
     return point
 
@@ -110,7 +113,7 @@ def check_line(name: str, z_dim: int) -> None:
     names = [f"{kind}{k + 1}" for kind in ("z", "pc") for k in range(z_dim)]
     if name not in names:
         raise InputError(
-            "--along", found=f"'{name}'", expected=f"one of {', '.join(names)}", remedy="mend it."
+            "--along", found=f"'{name}'", expected=f"one of {', '.join(names)}", remedy="name one of these."
         )
 
 

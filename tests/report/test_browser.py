@@ -225,6 +225,35 @@ def test_traversals_play_pause_and_slide(make_report, play):
     assert told["button"] == "Play"
 
 
+@pytest.mark.parametrize("d", [0, 1, 2])
+@pytest.mark.parametrize("n", [0, 1, 40])
+def test_small_jobs_work_too(make_report, play, d, n):
+    """Few latent dimensions, one class, few particles (or none usable): no fault, no NaN."""
+    total = max(n, 1)
+    data = make_report(
+        n=total,
+        k=1,
+        z=np.random.default_rng(0).normal(size=(total, d)).astype(np.float32),
+        z_std=np.full((total, d), 0.3, np.float32),
+        usable=np.full(total, n > 0),
+        class_number=np.ones(total, int),
+        manifold=None,
+        traversals=(),
+    )
+    told = play(
+        data,
+        """
+        drag(rectangle(0, 1));
+        const axes = [by("across").value, by("up").value];
+        const text = [...document.querySelectorAll("section")].map((part) => part.innerText).join(" ");
+        tell({ count: by("count").textContent, axes, text });
+        """,
+    )
+    assert told["count"].startswith(f"{n} particle" if n else "No particle chosen")
+    assert told["axes"] == [["merit", "defocus"], ["z1", "merit"], ["z1", "z2"]][d]
+    assert not re.search(r"\b(nan|NaN|inf|undefined|null)\b", told["text"])
+
+
 @pytest.mark.parametrize("width", [1280, 700])
 def test_nothing_sticks_out_sideways(make_report, play, width):
     data = make_report(d=8, k=12, title="a_very_long_name_" * 12, particles_file="folder/" * 60)
