@@ -103,7 +103,7 @@ def point_of(text: str, z_dim: int) -> NDArray[np.float64]:
             "--z",
             found=f"'{text}'",
             expected=f"{z_dim} numbers, comma between them",
-            remedy="write e.g. --z=0.5,-1.",
+            remedy=f"write e.g. --z={','.join(['0.5'] * z_dim)}.",
         )
     return point
 

@@ -458,8 +458,14 @@ def _resolution(data: ReportData, colours: list[str]) -> str:
     )
     text = (
         "Fourier ring correlation of the half-sets of each class (point at a curve for its class), their "
-        "median in bold; dotted at 0.5 and 0.143."
+        "median in bold; dotted at 0.5 and 0.143. The halves share no particle but one model, so where it "
+        "has fitted noise the curves stay above 0 and resolutions are optimistic."
     )
+    if len(filled):
+        outer = averages.frc[filled][:, 3 * len(frequency) // 4 :]
+        text += (
+            f" In the outer quarter their mean is {charts.number_text(round(float(np.nanmean(outer)), 2))}."
+        )
     by_size = _resolution_by_size(data, averages, colours)
     return _figures([(curves, text), (by_size, "Resolution at 0.143 against class size.")])
 

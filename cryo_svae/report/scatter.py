@@ -58,7 +58,7 @@ def umap_columns(z: Reals) -> list[Column]:
         return []
     import umap  # seconds, so not before it is needed
 
-    placed = umap.UMAP(random_state=0, n_jobs=1).fit_transform(z)
+    placed = umap.UMAP(init="pca", random_state=0, n_jobs=1).fit_transform(z)
     return [Column(f"umap{k + 1}", f"UMAP {k + 1}", "", placed[:, k]) for k in range(2)]
 
 
