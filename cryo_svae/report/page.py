@@ -292,13 +292,14 @@ def _examples(data: ReportData) -> str:
     figures = []
     for k, number in enumerate(data.examples.number.tolist()):
         row = number - 1
+        merit = f"{data.figure_of_merit[row]:.2f}".replace("-", "−")
         pictures = _image(raw[k], f"particle {number}")
         pictures += _image(smoothed[k], f"particle {number}, smoothed")
         pictures += _image(models[k], f"reconstruction of particle {number}")
         figures.append(
             f'<figure class="example"><div class="pictures">{pictures}</div>'
             f"<figcaption><b>{number:,}</b> class {data.class_number[row]}, "
-            f"merit {charts.number_text(round(float(data.figure_of_merit[row]), 2))}</figcaption></figure>"
+            f"merit {merit}</figcaption></figure>"
         )
     return (
         "<p>Particles as the model sees them, the same smoothed for the eye, and their reconstructions "

@@ -54,7 +54,7 @@ def principal_columns(z: Reals, usable: NDArray[np.bool_]) -> list[Column]:
 
 def umap_columns(z: Reals) -> list[Column]:
     """z in two dimensions by UMAP, where it is installed and z has more than two."""
-    if z.shape[1] < 3 or len(z) < UMAP_PARTICLES or find_spec("umap") is None:
+    if z.shape[1] < 3 or len(z) < UMAP_PARTICLES or np.ptp(z) == 0 or find_spec("umap") is None:
         return []
     import umap  # seconds, so not before it is needed
 

@@ -341,6 +341,7 @@ def test_umap_keeps_the_clumps_apart(make_report):
     nearest = np.linalg.norm(placed[:, None] - centres, axis=-1).argmin(1) + 1
     assert (nearest == data.class_number).mean() > 0.99
     assert scatter.umap_columns(data.z[:, :2]) == []
+    assert scatter.umap_columns(np.zeros_like(data.z)) == []
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6), st.integers(3, 9))
