@@ -16,7 +16,6 @@ from cryo_svae.estimation import EstimateTable
 
 PARTICLES_A_CLASS = 100
 MOST_CLASSES = 50
-TRAVERSAL_STEPS = 11
 
 
 @dataclass(frozen=True)
@@ -70,11 +69,3 @@ def decode(checkpoint: Checkpoint, z: NDArray[np.float64], device: torch.device)
     with torch.no_grad():
         points = torch.from_numpy(np.ascontiguousarray(z)).float().to(device)
         return torch.cat([engine.decode(points[i : i + 16]).cpu() for i in range(0, len(points), 16)])
-
-
-def traversal_points(table: EstimateTable, axis: int) -> NDArray[np.float64]:
-    """z (11, d) at the 2nd to 98th percentiles of one axis, the others at their means."""
-    z = table.z[table.usable]
-    points = np.repeat(z.mean(0, keepdims=True), TRAVERSAL_STEPS, 0)
-    points[:, axis] = np.percentile(z[:, axis], np.linspace(2, 98, TRAVERSAL_STEPS))
-    return points

@@ -13,8 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 
+from cryo_svae import geometry
 from cryo_svae.class_averages import ClassAverages
 from cryo_svae.estimation import EstimateTable
 from cryo_svae.formats.mrc import write_stack
@@ -37,11 +40,16 @@ def project_path(path: Path) -> str:
 
 
 def classes_table(
-    stack: Path, averages: ClassAverages, centre: NDArray[np.float64]
+    stack: Path,
+    averages: ClassAverages,
+    centre: NDArray[np.float64],
+    montage_psi_rad: Float[Tensor, "k"],
+    montage_origin_px: Float[Tensor, "k 2"],
 ) -> Mapping[str, list[str]]:
     """Columns of classes.star, label to cells: a row for each image of ``stack``, the averages' file.
 
-    centre: (k, d) of the classes in z. Resolutions are 999 Å where there is none.
+    centre: (k, d) of the classes in z. Resolutions are 999 Å where there is none. The montage's psi and
+    origin bring the images into one frame, applied to them as those of particles are.
     """
     n_classes = len(averages.n_particles)
     columns = {
@@ -52,6 +60,9 @@ def classes_table(
         "svaeNrParticles": [str(count) for count in averages.n_particles.tolist()],
         "svaeMeanFigureOfMerit": _cells(averages.mean_figure_of_merit),
     }
+    columns["svaeMontageAnglePsi"] = _cells(geometry.degrees(montage_psi_rad.double()).numpy())
+    origin_angst = montage_origin_px.double().numpy() * averages.pixel_size_angst
+    columns["svaeMontageOriginXAngst"], columns["svaeMontageOriginYAngst"] = map(_cells, origin_angst.T)
     for axis in range(centre.shape[1]):
         columns[f"svaeZ{axis + 1}"] = [f"{value:.8g}" for value in centre[:, axis].tolist()]
     return columns

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Complex, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,7 +26,6 @@ from cryo_svae.ctf import CtfTable, ctf_at
 from cryo_svae.estimation import EstimateTable
 from cryo_svae.images import ImageSource
 from cryo_svae.particles import ParticleSet
-from cryo_svae.polar import PolarTransform
 from cryo_svae.preprocessing import Preparation, prepared_images, soft_circle, working_ctf
 
 PIXELS_AT_ONCE = 1 << 20  # of padded images: 64 particles of 64 px; more leave the processor's cache
@@ -35,7 +34,6 @@ FEWEST_IN_A_HALF = 3  # with fewer, an FRC says nothing
 HALF_REGULARISATION = 0.1  # of a ring's mean D, against division by the zeros of the CTF
 SMOOTHED_RINGS = 3  # FRC rings averaged for the filter
 THRESHOLD, THRESHOLD_05 = 0.143, 0.5
-FRAME_STEPS = 1440  # turns tried between two images: a quarter of a degree
 
 
 @dataclass(frozen=True)
@@ -297,18 +295,3 @@ def crossing_ring(frc: NDArray[np.float64], threshold: float) -> float:
         return math.nan
     before, after = float(frc[ring - 1]), float(frc[ring])
     return ring - 1 + (before - threshold) / (before - after)
-
-
-def consistent_frames(images: Float[Tensor, "k n n"], radius_px: float) -> Float[Tensor, "k"]:
-    """psi of each image that makes ``align_images(images, psi, 0)`` look most like the first image.
-
-    For pictures: with the largest class first, a montage reads in one frame. The best of 1,440
-    turns by correlation inside a circle; 0 for the first image and for an empty one.
-    """
-    transform = PolarTransform(images.shape[-1], radius_px).to(images.device)
-    spectra = transform.dense(transform(images))
-    # A particle's coefficients are exp(i m psi) times those of its reference.
-    product = (spectra[:1].conj() * spectra).sum(1)
-    correlation = torch.fft.ifft(product.conj(), n=FRAME_STEPS).real
-    best: Int[Tensor, "k"] = correlation.argmax(-1)
-    return geometry.wrap_radians(best * (2.0 * math.pi / FRAME_STEPS))

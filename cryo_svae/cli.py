@@ -67,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     average = add("average", "decode at a point or along an axis of z, and average the particles there")
     average.add_argument("job", type=Path, metavar="JOB", help="job folder, which takes the stacks")
     average.add_argument("--z", metavar="Z", help="a point, e.g. --z=0.5,-1")
-    average.add_argument("--along", metavar="AXIS", help="an axis, e.g. z1")
+    average.add_argument(
+        "--along", metavar="AXIS", help="an axis of z, e.g. z1, or a principal axis, e.g. pc1"
+    )
     report = add("report", "draw a job's report.html again")
     report.add_argument("job", type=Path, metavar="JOB", help="job folder")
     simulate = add("simulate", "make particles of a molecule in motion, with their truth")

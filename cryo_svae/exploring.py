@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cryo_svae import averages, config
+from cryo_svae import averages, config, latent
 from cryo_svae.checkpoint import Checkpoint, load_checkpoint
 from cryo_svae.class_averages import class_averages
 from cryo_svae.config import ComputeConfig, SourceConfig
@@ -23,7 +23,7 @@ from cryo_svae.images import ImageSource
 from cryo_svae.job import CHECKPOINT, CONFIG, Job
 from cryo_svae.particles import ParticleSet, read_particles
 from cryo_svae.report.page import write_report
-from cryo_svae.reporting import Findings, gather
+from cryo_svae.reporting import findings, gather
 
 NEAREST_PARTICLES = 200  # averaged about a point of the latent space
 
@@ -83,7 +83,7 @@ def redraw_report(folder: Path) -> Path:
     n_classes = done.settings.get("classes") or averages.default_classes(len(done.particles))
     seed = done.settings["seed"]
     classes, result = average_classes(done.checkpoint, source, done.table, n_classes, seed, done.device)
-    found = Findings(done.table, classes, result)
+    found = findings(done.checkpoint, done.table, classes, result, done.device)
     score = contrast_score(source, done.checkpoint.preparation)
     path = done.job.path("report.html")
     write_report(
@@ -100,18 +100,21 @@ def point_of(text: str, z_dim: int) -> NDArray[np.float64]:
         point = np.full((1, 0), np.nan)
     if point.shape[1] != z_dim or not np.isfinite(point).all():
         raise InputError(
-            "--z", found=f"'{text}'", expected=f"{z_dim} numbers, comma between them", remedy="mend it."
+            "--z",
+            found=f"'{text}'",
+            expected=f"{z_dim} numbers, comma between them",
+            remedy=f"write e.g. --z={','.join(['0.5'] * z_dim)}.",
         )
     return point
 
 
-def axis_of(text: str, z_dim: int) -> int:
-    """Number of a latent axis, from 0, of text such as "z1"."""
-    number = text.removeprefix("z")
-    if not number.isdecimal() or not 1 <= int(number) <= z_dim:
-        names = ", ".join(f"z{k + 1}" for k in range(z_dim))
-        raise InputError("--along", found=f"'{text}'", expected=f"one of {names}", remedy="mend it.")
-    return int(number) - 1
+def check_line(name: str, z_dim: int) -> None:
+    """Raises InputError unless a name is that of a latent or principal axis, "z1" or "pc1"."""
+    names = [f"{kind}{k + 1}" for kind in ("z", "pc") for k in range(z_dim)]
+    if name not in names:
+        raise InputError(
+            "--along", found=f"'{name}'", expected=f"one of {', '.join(names)}", remedy="name one of these."
+        )
 
 
 def average_at(folder: Path, z: str | None, along: str | None) -> list[Path]:
@@ -136,9 +139,10 @@ def average_at(folder: Path, z: str | None, along: str | None) -> list[Path]:
         near[nearest] = True
         usable = usable & near
     else:
-        axis = axis_of(along or "", z_dim)
-        points, name = averages.traversal_points(table, axis), f"along_z{axis + 1}"
-        bin_of = np.abs(table.z[:, axis, None] - points[:, axis]).argmin(1)
+        name = f"along_{along}"
+        check_line(along or "", z_dim)
+        line = latent.line(table.z, usable, along or "")
+        points, bin_of = line.point, np.abs(line.place[:, None] - line.step).argmin(1)
     chosen = EstimateTable(
         **{item.name: getattr(table, item.name) for item in fields(EstimateTable) if item.name != "usable"},
         usable=usable,

@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import cryo_svae
-from cryo_svae import averages, geometry
+from cryo_svae import averages, geometry, latent
 from cryo_svae.checkpoint import Checkpoint
 from cryo_svae.class_averages import ClassAverages
 from cryo_svae.ctf import ctf_2d
 from cryo_svae.estimation import EstimateTable
 from cryo_svae.images import ImageSource
 from cryo_svae.job import Job
+from cryo_svae.montage import montage_poses
 from cryo_svae.particles import ParticleSet
 from cryo_svae.preprocessing import prepared_images, working_ctf
 from cryo_svae.report import data as report
@@ -30,11 +31,36 @@ MANIFOLD_STEPS = 9
 
 @dataclass(frozen=True)
 class Findings:
-    """What a job found: estimates, classes, their averages."""
+    """What a job found: estimates, classes, and of each class two images of n pixels.
+
+    decoded:                         (k, n, n) the model's image of each class's centre.
+    montage_psi_rad, montage_origin: (k,), (k, 2) in px: the pose of class images in a montage.
+    """
 
     table: EstimateTable
     classes: averages.Classes
     class_averages: ClassAverages
+    decoded: Float[Tensor, "k n n"]
+    montage_psi_rad: Float[Tensor, "k"]
+    montage_origin_px: Float[Tensor, "k 2"]
+
+    def in_one_frame(self, images: Float[Tensor, "k n n"]) -> NDArray[np.float32]:
+        """Pictures of the classes, turned and moved to one another."""
+        turned = geometry.align_images(images, self.montage_psi_rad, self.montage_origin_px)
+        return np.asarray(turned.numpy())
+
+
+def findings(
+    checkpoint: Checkpoint,
+    table: EstimateTable,
+    classes: averages.Classes,
+    result: ClassAverages,
+    device: torch.device,
+) -> Findings:
+    """The classes decoded, and laid on one another."""
+    decoded = averages.decode(checkpoint, classes.centre, device)
+    psi, origin = montage_poses(decoded, checkpoint.preparation.mask_radius_px)
+    return Findings(table, classes, result, decoded, psi, origin)
 
 
 def gather(
@@ -69,9 +95,9 @@ def gather(
         defocus_angst=None if ctf is None else ((ctf.defocus_u_angst + ctf.defocus_v_angst) / 2).numpy(),
         micrograph_number=number,
         micrograph_names=names,
-        decoded=averages.decode(checkpoint, found.classes.centre, device).numpy(),
+        decoded=found.in_one_frame(found.decoded),
         averages=report.ClassAverages(
-            image=result.image,
+            image=found.in_one_frame(torch.from_numpy(result.image)),
             frequency_per_angst=result.frequency_per_angst,
             frc=result.frc,
             resolution_angst=result.resolution_0143_angst,
@@ -104,27 +130,29 @@ def _traversals(
     if not table.usable.any():
         return ()
     traversals = []
-    for axis in range(table.z.shape[1]):
-        points = averages.traversal_points(table, axis)
-        images = averages.decode(checkpoint, points, device).numpy()
-        traversals.append(report.Traversal(label=f"z{axis + 1}", values=points[:, axis], image=images))
+    for name in latent.line_names(table.z.shape[1]):
+        line = latent.line(table.z, table.usable, name)
+        images = averages.decode(checkpoint, line.point, device).numpy()
+        traversals.append(report.Traversal(label=name, values=line.step, image=images))
     return tuple(traversals)
 
 
 def _manifold(checkpoint: Checkpoint, table: EstimateTable, device: torch.device) -> report.Manifold | None:
-    """Images over the 2nd to 98th percentiles of the first two dimensions, the others at their means."""
+    """Images over the first two dimensions, or principal axes where there are more; the rest at means."""
     if not table.usable.any():
         return None
-    z = table.z[table.usable]
-    percent = np.linspace(2, 98, MANIFOLD_STEPS)
-    z1 = np.percentile(z[:, 0], percent)
-    z2 = np.percentile(z[:, 1], percent) if z.shape[1] > 1 else np.zeros(1)
-    points = np.tile(z.mean(0), (len(z2), len(z1), 1))
-    points[:, :, 0] = z1
-    if z.shape[1] > 1:
-        points[:, :, 1] = z2[:, None]
-    images = averages.decode(checkpoint, points.reshape(-1, z.shape[1]), device)
-    return report.Manifold(image=images.reshape(len(z2), len(z1), *images.shape[1:]).numpy(), z1=z1, z2=z2)
+    z_dim = table.z.shape[1]
+    names = ("pc1", "pc2") if z_dim > 2 else ("z1", "z2")
+    across = latent.line(table.z, table.usable, names[0], MANIFOLD_STEPS)
+    points = across.point[None]
+    up = np.zeros(1)
+    if z_dim > 1:
+        upwards = latent.line(table.z, table.usable, names[1], MANIFOLD_STEPS)
+        up, mean = upwards.step, table.z[table.usable].mean(0)
+        points = points + (upwards.point - mean)[:, None]
+    images = averages.decode(checkpoint, points.reshape(-1, z_dim), device).numpy()
+    grid = images.reshape(len(up), MANIFOLD_STEPS, *images.shape[1:])
+    return report.Manifold(image=grid, across=across.step, up=up, names=names)
 
 
 def reconstruct(

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import cryo_svae
-from cryo_svae import averages, config, export
+from cryo_svae import averages, config, export, latent
 from cryo_svae.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cryo_svae.class2d import classes_table, write_class2d
 from cryo_svae.config import ComputeConfig, OutputConfig, SourceConfig
@@ -36,7 +36,7 @@ from cryo_svae.job import CHECKPOINT, Job, digest
 from cryo_svae.particles import ParticleSet, read_particles
 from cryo_svae.preprocessing import Preparation
 from cryo_svae.report.page import write_report
-from cryo_svae.reporting import Findings, gather
+from cryo_svae.reporting import findings, gather
 from cryo_svae.selection import read_job_particles
 from cryo_svae.training import EPOCH_COLUMNS
 
@@ -132,18 +132,20 @@ def write_estimates(
     n_classes = settings["classes"] or averages.default_classes(len(particles))
     with job.timed("averages"):
         classes, result = average_classes(checkpoint, source, table, n_classes, settings["seed"], device)
+        found = findings(checkpoint, table, classes, result, device)
     pixel_size_angst = checkpoint.preparation.pixel_size_angst
 
     def write(name: str, images: Float[Tensor, "k n n"]) -> None:
         write_stack(job.path(name), images.numpy(), pixel_size_angst=pixel_size_angst)
 
-    write("decoded.mrcs", averages.decode(checkpoint, classes.centre, device))
-    for axis in range(table.z.shape[1] if table.usable.any() else 0):
-        points = averages.traversal_points(table, axis)
-        write(f"traversal_z{axis + 1}.mrcs", averages.decode(checkpoint, points, device))
+    write("decoded.mrcs", found.decoded)
+    for name in latent.line_names(table.z.shape[1]) if table.usable.any() else []:
+        points = latent.line(table.z, table.usable, name).point
+        write(f"traversal_{name}.mrcs", averages.decode(checkpoint, points, device))
     stack = job.path("classes.mrcs")
     write(stack.name, torch.from_numpy(result.image))
-    write_tables(job.path("classes.star"), {"classes": classes_table(stack, result, classes.centre)})
+    columns = classes_table(stack, result, classes.centre, found.montage_psi_rad, found.montage_origin_px)
+    write_tables(job.path("classes.star"), {"classes": columns})
     attributes = {
         "program": f"cryo_svae {cryo_svae.__version__}",
         "torch": str(torch.__version__),
@@ -165,7 +167,6 @@ def write_estimates(
         use_ctf=checkpoint.use_ctf,
     )
     with job.timed("report"):
-        found = Findings(table, classes, result)
         score = contrast_score(source, checkpoint.preparation)
         page = gather(job, particles, checkpoint, found, settings, score, device)
         write_report(job.path("report.html"), page)

@@ -18,6 +18,7 @@ SHAPED = (
     "models",
     "averages",
     "class_averages",
+    "montage",
     "store",
     "training",
 )

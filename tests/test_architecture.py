@@ -20,7 +20,7 @@ LAYERS = [
     {"preprocessing"},
     {"store", "checkpoint"},
     {"training", "estimation"},
-    {"averages", "export", "job", "class_averages", "selection", "report"},
+    {"averages", "class_averages", "export", "job", "latent", "montage", "report", "selection"},
     {"class2d"},
     {"fitting"},
     {"api"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cryo_svae.averages import classify, default_classes, traversal_points
+from cryo_svae.averages import classify, default_classes
 from cryo_svae.estimation import EstimateTable
 
 
@@ -51,13 +51,6 @@ def test_fewer_particles_than_classes(n):
     classes = classify(table(z), 5, seed=0)
     assert 1 <= len(classes.centre) <= max(1, n)
     assert (classes.class_number >= 1).all()
-
-
-def test_a_traversal_runs_along_its_axis_alone():
-    points = traversal_points(table(np.random.default_rng(0).normal(size=(500, 3))), 1)
-    assert np.ptp(points[:, 0]) == np.ptp(points[:, 2]) == 0.0
-    assert (np.diff(points[:, 1]) > 0).all()
-    assert 3.5 < np.ptp(points[:, 1]) < 4.7
 
 
 def test_the_number_of_classes_follows_the_number_of_particles():

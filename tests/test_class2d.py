@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import subprocess
 import time
 
 import numpy as np
 import pytest
+import torch
 
 from cryo_svae import export, geometry
 from cryo_svae.class2d import classes_table, noise_groups, project_path, write_class2d
@@ -154,13 +156,21 @@ def test_paths_are_of_the_project_or_absolute(tmp_path, monkeypatch):
 def test_the_table_of_classes(project):
     stack = project / "External/job001/classes.mrcs"
     averages = averages_of(np.ones((K, BOX, BOX)))
-    columns = classes_table(stack, averages, np.array([[0.5, -1], [1, 2], [3, 4]]))
+    columns = classes_table(
+        stack,
+        averages,
+        np.array([[0.5, -1], [1, 2], [3, 4]]),
+        torch.tensor([0, math.pi / 2, 0]),
+        torch.eye(3, 2),
+    )
     write_tables(project / "classes.star", {"classes": columns})
     block = read_star(project / "classes.star").block("classes")
     assert block.text("rlnReferenceImage")[1] == "000002@External/job001/classes.mrcs"
     assert block.numbers("svaeResolution05Angst").tolist() == [14.0, 999.0, 999.0]
     assert block.integers("svaeNrParticles").tolist() == [30, 20, 10]
     assert block.numbers("svaeMeanFigureOfMerit").tolist() == [0.9, 0.5, 0.1]
+    np.testing.assert_allclose(block.numbers("svaeMontageAnglePsi"), [0, 90, 0], atol=1e-4)
+    assert block.numbers("svaeMontageOriginYAngst").tolist() == [0.0, averages.pixel_size_angst, 0.0]
     assert block.numbers("svaeZ2").tolist() == [-1.0, 2.0, 4.0]
 
 

@@ -14,7 +14,6 @@ from cryo_svae.class_averages import (
     ClassAverages,
     aligned_spectra,
     class_averages,
-    consistent_frames,
     crossing_ring,
     half_sets,
     ring_correlation,
@@ -227,16 +226,3 @@ def test_halves_are_even_in_each_class_or_as_the_file_says(tmp_path):
 )
 def test_the_crossing_lies_between_rings(frc, ring):
     np.testing.assert_allclose(crossing_ring(np.array(frc) - 1e-9, 0.5), ring, atol=1e-6)
-
-
-def test_frames_are_found_by_turned_copies():
-    reference = references(1)
-    turns = torch.tensor([0.0, 0.7, -2.3, 3.0])
-    copies = geometry.pose_references(reference.expand(4, -1, -1), turns, torch.zeros(4, 2))
-    copies = torch.cat([copies, torch.zeros(1, BOX, BOX)])
-    found = consistent_frames(copies, 20.0)
-    assert geometry.wrap_radians(found[:4] - turns).abs().max() < 0.01
-    assert found[0] == 0
-    assert found[4] == 0
-    same = geometry.align_images(copies[:4], found[:4], torch.zeros(4, 2))
-    assert all(correlation(image, reference[0]) > 0.98 for image in same)

@@ -359,6 +359,7 @@ def test_averages_stand_beside_the_decoded_classes(make_dataset, tmp_path):
     assert decoded.shape == averaged.shape
     classes = read_star(tmp_path / "job" / "classes.star").block("classes")
     assert classes.integers("svaeNrParticles").sum() == 30
+    assert classes.numbers("svaeMontageAnglePsi")[0] == 0
     assert (tmp_path / "job" / "Class2D" / "run_it025_model.star").exists()
 
 
@@ -368,12 +369,15 @@ def test_the_latent_space_is_decoded_and_averaged_anywhere(make_dataset, tmp_pat
     capsys.readouterr()
     assert main(["average", str(job), "--z=0.5,-1"]) == 0
     assert main(["average", str(job), "--along", "z2"]) == 0
+    assert main(["average", str(job), "--along", "pc1"]) == 0
     names = [name.rsplit("/", 1)[1] for name in capsys.readouterr().out.split()]
-    for name, n in zip(names, (1, 1, 11, 11), strict=True):
+    for name, n in zip(names, (1, 1, 11, 11, 11, 11), strict=True):
         assert read_images(job / name, np.arange(n)).shape == (n, 16, 16)
+    shown = read_images(job / "traversal_pc1.mrcs", np.arange(11))
+    np.testing.assert_array_equal(shown, read_images(job / "decoded_along_pc1.mrcs", np.arange(11)))
     everywhere = read_images(job / "average_z0.5_-1.mrcs", np.arange(1))
     assert np.isfinite(everywhere).all()
-    for wrong in (["--z=1"], ["--z=a,b"], ["--along", "z3"], []):
+    for wrong in (["--z=1"], ["--z=a,b"], ["--along", "z3"], ["--along", "pc3"], ["--along", "pc"], []):
         assert main(["average", str(job), *wrong]) == 2
         assert "To mend" in capsys.readouterr().err
 

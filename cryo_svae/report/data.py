@@ -42,14 +42,16 @@ class Traversal:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifold:
-    """Decoded images over the first two latent dimensions; one row where there is one dimension.
+    """Decoded images over two directions of the latent space; one row where there is one dimension.
 
-    image: (rows, columns, m, m); z1: (columns,), z2: (rows,), in any order.
+    image: (rows, columns, m, m); across: (columns,) and up: (rows,) in any order, along these directions.
+    names: of the two, e.g. ("z1", "z2").
     """
 
     image: Reals
-    z1: Reals
-    z2: Reals
+    across: Reals
+    up: Reals
+    names: tuple[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -355,7 +355,7 @@
   }
 
   const listed = data.axes.map((axis) => [axis.key, axis.label]);
-  const start = axes.has("z3") ? ["pc1", "pc2"] : axes.has("z2") ? ["z1", "z2"] : ["z1", "merit"];
+  const start = axes.has("z3") ? ["pc1", "pc2"] : axes.has("z2") ? ["z1", "z2"] : listed.map((axis) => axis[0]);
   offer("across", listed, start[0]);
   offer("up", listed, start[1]);
   offer("colour", [["class", "class"], ...listed, ...(micrographs ? [["micrograph", "micrograph"]] : [])], "class");
@@ -363,7 +363,8 @@
   const again = () => { drawPoints(); drawOverlay(); };
   new ResizeObserver(again).observe(points);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
-  window.addEventListener("beforeprint", () => { document.documentElement.classList.add("printing"); again(); });
+  // Not the overlay: Chromium prints a canvas that is cleared here as opaque, over the points.
+  window.addEventListener("beforeprint", () => { document.documentElement.classList.add("printing"); drawPoints(); });
   window.addEventListener("afterprint", () => { document.documentElement.classList.remove("printing"); again(); });
 
   // ---- Classes to keep

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cryo_svae import latent
 from cryo_svae.report.data import ReportData
-
-try:
-    import umap
-except ImportError:  # an optional extra
-    umap = None
 
 Reals = NDArray[np.floating[Any]]
 
@@ -44,32 +41,30 @@ def drawn_particles(usable: NDArray[np.bool_]) -> NDArray[np.intp]:
     return np.asarray(np.sort(chosen))
 
 
-def principal_axes(z: Reals, usable: NDArray[np.bool_]) -> list[Column]:
+def principal_columns(z: Reals, usable: NDArray[np.bool_]) -> list[Column]:
     """z along its first principal axes, each labelled with its share of the variance."""
     if z.shape[1] < 2 or usable.sum() < 2:
         return []
-    mean = z[usable].mean(0, dtype=np.float64)
-    variance, axes = np.linalg.eigh(np.atleast_2d(np.cov(z[usable].T.astype(np.float64))))
-    variance, axes = variance[::-1], axes[:, ::-1]
-    axes = axes * np.sign(axes[np.abs(axes).argmax(0), np.arange(len(axes))])  # largest component positive
-    share = variance / max(float(variance.sum()), 1e-300)
+    axes = latent.principal_axes(z[usable])
     return [
-        Column(f"pc{k + 1}", f"PC{k + 1} ({share[k]:.0%})", "", (z - mean) @ axes[:, k])
-        for k in range(min(PRINCIPAL_AXES, len(axes)))
+        Column(f"pc{k + 1}", f"pc{k + 1} ({axes.share[k]:.0%})", "", (z - axes.mean) @ axes.direction[:, k])
+        for k in range(PRINCIPAL_AXES)
     ]
 
 
-def umap_axes(z: Reals) -> list[Column]:
+def umap_columns(z: Reals) -> list[Column]:
     """z in two dimensions by UMAP, where it is installed and z has more than two."""
-    if umap is None or z.shape[1] < 3 or len(z) < UMAP_PARTICLES:
+    if z.shape[1] < 3 or len(z) < UMAP_PARTICLES or np.ptp(z) == 0 or find_spec("umap") is None:
         return []
-    placed = umap.UMAP(random_state=0, n_jobs=1).fit_transform(z)
+    import umap  # seconds, so not before it is needed
+
+    placed = umap.UMAP(init="pca", random_state=0, n_jobs=1).fit_transform(z)
     return [Column(f"umap{k + 1}", f"UMAP {k + 1}", "", placed[:, k]) for k in range(2)]
 
 
 def columns_of(data: ReportData) -> list[Column]:
     """What the plot can show of all particles, those that the lasso needs most first."""
-    columns = principal_axes(data.z, data.usable)
+    columns = principal_columns(data.z, data.usable)
     columns += [Column(f"z{k + 1}", f"z{k + 1}", "", data.z[:, k]) for k in range(data.z_dim)]
     columns.append(Column("merit", "figure of merit", "", data.figure_of_merit))
     if data.defocus_angst is not None:
@@ -130,7 +125,7 @@ def scatter_payload(data: ReportData, colours: list[str]) -> dict[str, Any]:
     sampled = len(rows) < int(data.usable.sum())
     room = BYTES_OF_ALL * 8 // (bits * data.n_particles) if sampled else 0
     axes = [quantised(column, rows, bits if k < room else None) for k, column in enumerate(columns)]
-    axes += [quantised(column, np.arange(len(rows)), None) for column in umap_axes(data.z[rows])]
+    axes += [quantised(column, np.arange(len(rows)), None) for column in umap_columns(data.z[rows])]
     payload: dict[str, Any] = {
         "particles": data.n_particles,
         "rows": base64_of(rows, "u4"),

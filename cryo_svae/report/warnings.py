@@ -144,7 +144,7 @@ def explained(z: Reals, columns: Reals) -> Reals:
     0 where an F test cannot tell it from chance, and where there are too few particles.
     """
     n, p = columns.shape
-    if n < p + 10:
+    if n < p + 10 or z.shape[1] == 0:
         return np.zeros(z.shape[1])
     spread = columns.std(0)
     design = (columns - columns.mean(0))[:, spread > 1e-9] / spread[spread > 1e-9]

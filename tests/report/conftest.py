@@ -65,8 +65,9 @@ def make_report():
             ),
             "manifold": Manifold(
                 image=np.stack([blobs(7, box) * row for row in (1, 2, 3)]),
-                z1=np.linspace(-2, 2, 7),
-                z2=np.array([-1.0, 0.0, 1.0]),
+                across=np.linspace(-2, 2, 7),
+                up=np.array([-1.0, 0.0, 1.0]),
+                names=("z1", "z2"),
             ),
             "examples": Examples(
                 number=np.array([1, n]), image=rng.normal(size=(2, box, box)), reconstruction=blobs(2, box)

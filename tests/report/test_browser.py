@@ -13,6 +13,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from cryo_svae.report.charts import class_colours
 from cryo_svae.report.page import page
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -224,6 +225,35 @@ def test_traversals_play_pause_and_slide(make_report, play):
     assert told["button"] == "Play"
 
 
+@pytest.mark.parametrize("d", [0, 1, 2])
+@pytest.mark.parametrize("n", [0, 1, 40])
+def test_small_jobs_work_too(make_report, play, d, n):
+    """Few latent dimensions, one class, few particles (or none usable): no fault, no NaN."""
+    total = max(n, 1)
+    data = make_report(
+        n=total,
+        k=1,
+        z=np.random.default_rng(0).normal(size=(total, d)).astype(np.float32),
+        z_std=np.full((total, d), 0.3, np.float32),
+        usable=np.full(total, n > 0),
+        class_number=np.ones(total, int),
+        manifold=None,
+        traversals=(),
+    )
+    told = play(
+        data,
+        """
+        drag(rectangle(0, 1));
+        const axes = [by("across").value, by("up").value];
+        const text = [...document.querySelectorAll("section")].map((part) => part.innerText).join(" ");
+        tell({ count: by("count").textContent, axes, text });
+        """,
+    )
+    assert told["count"].startswith(f"{n} particle" if n else "No particle chosen")
+    assert told["axes"] == [["merit", "defocus"], ["z1", "merit"], ["z1", "z2"]][d]
+    assert not re.search(r"\b(nan|NaN|inf|undefined|null)\b", told["text"])
+
+
 @pytest.mark.parametrize("width", [1280, 700])
 def test_nothing_sticks_out_sideways(make_report, play, width):
     data = make_report(d=8, k=12, title="a_very_long_name_" * 12, particles_file="folder/" * 60)
@@ -247,5 +277,19 @@ def test_light_dark_and_print(make_report, browse, tmp_path):
         assert image[..., :3].std() > 0.05
     assert corners[0] > 0.9
     assert corners[1] < 0.2
-    browse(path, f"--print-to-pdf={tmp_path / 'page.pdf'}")
-    assert (tmp_path / "page.pdf").stat().st_size > 20_000
+
+
+@pytest.mark.skipif(shutil.which("pdftoppm") is None, reason="no pdftoppm (apt-get install poppler-utils)")
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_the_scatter_is_on_paper(make_report, browse, tmp_path, scheme):
+    """Points of both classes' colours, dark on white whatever the screen shows."""
+    path, paper = tmp_path / "page.html", tmp_path / "page.pdf"
+    path.write_text(page(make_report(k=2)), encoding="utf-8")
+    browse(path, f"--blink-settings=preferredColorScheme={scheme}", f"--print-to-pdf={paper}")
+    subprocess.run(["pdftoppm", "-r", "60", paper, tmp_path / "sheet"], check=True)
+    sheets = [matplotlib.image.imread(sheet) for sheet in sorted(tmp_path.glob("sheet*.ppm"))]
+    pixels = np.concatenate([sheet.reshape(-1, 3) for sheet in sheets]) / 255.0
+    assert np.median(pixels) > 0.95
+    for colour in class_colours(2):
+        rgb = np.array([int(colour[k : k + 2], 16) for k in (1, 3, 5)]) / 255
+        assert (np.abs(pixels - rgb).max(1) < 0.15).sum() > 150
