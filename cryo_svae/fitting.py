@@ -84,6 +84,7 @@ def plan_training(settings: Mapping[str, Any], particles: ParticleSet, source: s
     defaults = engine_class.training_defaults
     found = {
         "box": preparation.box_px,
+        "invert": preparation.invert,
         "mask_diameter": preparation.mask_diameter_angst,
         "ctf": particles.ctf is not None,
         "max_shift": MAX_SHIFT_SHARE_OF_BOX * preparation.box_px * pixel_size_angst,
@@ -189,12 +190,12 @@ def report_unusable(particles: ParticleSet, store: TrainingStore) -> None:
     usable[store.particle] = True
     bad = np.flatnonzero(~usable)
     if len(bad):
-        lines = ", ".join(str(particles.block.line_of(int(row))) for row in bad[:5])
+        places = ", ".join(particles.place_of(int(row)) for row in bad[:5])
         log.warning(
-            "%d image(s) hold NaN or are constant (%s, line %s%s): left out of training, figure of merit 0",
+            "%d image(s) hold NaN or are constant (%s, %s%s): left out of training, figure of merit 0",
             len(bad),
             particles.star.path.name,
-            lines,
+            places,
             ", …" if len(bad) > 5 else "",
         )
     if len(store) == 0:
