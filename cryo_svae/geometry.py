@@ -57,14 +57,16 @@ def rotation_vectors_to_euler(
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # at tilt 0 only rot + psi is defined; scipy then takes psi 0
-        return Rotation.from_rotvec(rotation_vector_rad).as_euler("ZYZ", degrees=True)
+        euler = Rotation.from_rotvec(rotation_vector_rad).as_euler("ZYZ", degrees=True)
+    return np.asarray(euler, dtype=np.float64)
 
 
 def euler_to_rotation_vectors(
     rot_tilt_psi_deg: Float[np.ndarray, "n 3"],
 ) -> Float[np.ndarray, "n 3"]:
     """CryoSPARC's alignments3D/pose (rad) of RELION's rot, tilt and psi; see the inverse."""
-    return Rotation.from_euler("ZYZ", rot_tilt_psi_deg, degrees=True).as_rotvec()
+    rotation = Rotation.from_euler("ZYZ", rot_tilt_psi_deg, degrees=True)
+    return np.asarray(rotation.as_rotvec(), dtype=np.float64)
 
 
 def rotation_matrix(psi_rad: Float[Tensor, "*b"]) -> Float[Tensor, "*b 2 2"]:

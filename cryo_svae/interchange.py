@@ -1,16 +1,15 @@
 """What a RELION STAR file and a CryoSPARC .cs file both hold of a particle, and how each writes it.
 
-| .cs | STAR |
-|---|---|
-| blob/path (a leading > taken off), blob/idx from 0 | rlnImageName: slice from 1 |
-| blob/psize_A, blob/shape, ctf/accel_kv, cs_mm, amp_contrast by ctf/exp_group_id from 0 | data_optics: rlnOpticsGroup from 1 |
-| ctf/df1_A, df2_A (Å), df_angle_rad, phase_shift_rad | rlnDefocusU, V (Å), rlnDefocusAngle, rlnPhaseShift (degrees) |
-| alignments2D/pose (rad), shift (px of psize_A) | AnglePsi (degrees), OriginXAngst, OriginYAngst (Å); same signs |
-| alignments3D/pose (rotation vector), shift, split from 0 | rlnAngleRot, Tilt, Psi, origins, rlnRandomSubset from 1 |
-| alignments2D/class (or alignments3D/class) from 0 | rlnClassNumber from 1 |
-| location/center_*_frac of micrograph_shape (y, x) | rlnCoordinateX, rlnCoordinateY (px) |
-| svae/* | svae*, rlnParticleFigureOfMerit |
-| uid | ucsfUid, as pyem names it |
+blob/path without a leading >, blob/idx from 0: rlnImageName, slices from 1
+ctf/exp_group_id from 0: rlnOpticsGroup from 1; with blob/psize_A, blob/shape, ctf/accel_kv, ctf/cs_mm
+    and ctf/amp_contrast its row of data_optics
+ctf/df1_A, df2_A, df_angle_rad, phase_shift_rad: rlnDefocusU, V (Å), rlnDefocusAngle, rlnPhaseShift (°)
+alignments2D/pose (rad), shift (px of psize_A): AnglePsi (°), OriginXAngst, OriginYAngst; same signs
+alignments3D/pose (rotation vector), shift, split from 0: rlnAngleRot, Tilt, Psi, origins, rlnRandomSubset
+alignments2D/class (beside a 3-D pose alone, alignments3D/class) from 0: rlnClassNumber from 1
+location/center_x_frac, center_y_frac of micrograph_shape (y, x): rlnCoordinateX, rlnCoordinateY (px)
+svae/z, z_std, …: svaeZ1, …, svaeZ1Std, …
+uid: ucsfUid, pyem's name for it
 
 The 2-D pose goes to rln labels where there is no 3-D pose, to svae labels beside one. Sources: pyem's
 csparc2star and, for the sign and the zero of classes, a second public converter; not verified against

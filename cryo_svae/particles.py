@@ -159,7 +159,7 @@ def _check_boxes(particles: ParticleSet, table: CsTable) -> None:
             table.path,
             column=f"blob/shape, row {row + 1}",
             found=f"{shape[row, 1]} x {shape[row, 0]} px",
-            expected=f"{particles.box_px[row]} px, the box of {particles.stacks[particles.stack_of[row]].path}",
+            expected=f"{particles.box_px[row]} px, as in {particles.stacks[particles.stack_of[row]].path}",
             remedy="check that the stack is the one the file was written for.",
         )
 
@@ -259,6 +259,7 @@ class ParticleColumns:
         return rows
 
     def groups(self) -> tuple[NDArray[np.intp], tuple[str, ...]]:
+        """Each particle's (n,) optics group, and the names of the groups."""
         if self.optics is None or self.row_of_optics is None:
             return np.zeros(self.block.n_rows, dtype=np.intp), ("all particles",)
         label = "rlnOpticsGroupName" if self.optics.has("rlnOpticsGroupName") else "rlnOpticsGroup"
@@ -290,6 +291,7 @@ class ParticleColumns:
 
 
 def pixel_sizes(columns: ParticleColumns, given_angst: float | None) -> NDArray[np.float64]:
+    """Pixel sizes (n,) in Å of the images on disk, or the one given where the file holds none."""
     sizes = columns.get("rlnImagePixelSize")
     label = "_rlnImagePixelSize"
     if sizes is None:

@@ -70,12 +70,8 @@ def describe(particles: ParticleSet) -> list[str]:
 
 def _style(particles: ParticleSet) -> str:
     if particles.cs is not None:
-        sign = {
-            None: "no blob/sign",
-            True: "blob/sign -1: protein dark",
-            False: "blob/sign 1: protein white",
-        }
-        return f"CryoSPARC, {sign[particles.is_dark]}"
+        said = {None: "no blob/sign", True: "protein dark (blob/sign)", False: "protein white (blob/sign)"}
+        return f"CryoSPARC, {said[particles.is_dark]}"
     return "RELION 3.0, one block" if particles.is_relion30 else "RELION 3.1 or later"
 
 
