@@ -36,6 +36,7 @@ Convert = Callable[[Reals], Reals]
 
 UID = "ucsfUid"
 EULER = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
+POSE_2D = ("rlnAnglePsi", "rlnOriginXAngst", "rlnOriginYAngst", "rlnOriginX", "rlnOriginY")
 OPTICS = {
     "blob/psize_A": "rlnImagePixelSize",
     "ctf/accel_kv": "rlnVoltage",
@@ -165,9 +166,11 @@ def _texts(values: Column, to_star: Convert = _same, to_cs: Convert = _same) -> 
 def _optics(table: CsTable, noted: Noted) -> tuple[NDArray[np.intp], Texts]:
     """The optics group of each particle, numbered from 1, and their table."""
     names = [name for name in OPTICS if noted.get(name) is not None]
-    exposure = noted.get("ctf/exp_group_id")
+    exposure, of_micrograph = noted.get("ctf/exp_group_id"), noted.columns.get("location/exp_group_id")
     if exposure is None:
-        exposure = noted.get("location/exp_group_id")
+        exposure = of_micrograph
+    if exposure is not None and of_micrograph is not None and np.array_equal(exposure, of_micrograph):
+        noted.asked.add("location/exp_group_id")
     ids = np.zeros(len(table)) if exposure is None else exposure.astype(np.float64)
     shape = table.fields["blob/shape"].astype(np.float64)
     keys = np.column_stack([ids, shape, *(_flat(table, name).astype(np.float64) for name in names)])
@@ -279,7 +282,8 @@ def _pose_fields(columns: Noted, pixel_size_angst: Reals) -> dict[str, Column]:
             fields["alignments3D/split"] = (half - 1).astype("<u4")
         else:
             columns.asked.discard("rlnRandomSubset")
-    prefix = "svae" if is_3d or euler[2] is None else "rln"
+    has_rln = any(label in columns.columns for label in POSE_2D)
+    prefix = "svae" if is_3d or not has_rln else "rln"
     psi = columns.get(f"{prefix}AnglePsi")
     origin = _origins_angst(columns, prefix, pixel_size_angst)
     is_2d = psi is not None or origin is not None
