@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryo_svae.config import SourceConfig
-from cryo_svae.errors import InputError, OutputError
+from cryo_svae.errors import InputError
 from cryo_svae.formats.cs import Column, is_cs, read_particles_cs, write_cs
 from cryo_svae.formats.mrc import read_stack_info
 from cryo_svae.formats.star import StarBlock, StarFile, read_star, write_star
 from cryo_svae.interchange import OPTICS, UID, Noted, cs_fields, star_of_cs
-from cryo_svae.particles import ParticleColumns, find_blocks, pixel_sizes
+from cryo_svae.particles import ParticleColumns, find_blocks, pixel_sizes, refuse_passthrough
 from cryo_svae.stacks import find_file, find_stacks, image_names
 
 Reals = NDArray[np.float64]
@@ -59,17 +59,16 @@ def convert(path: Path, out: Path, source: SourceConfig, *, is_dark: bool) -> li
             expected="a .star and a .cs file",
             remedy="name the file to write by its form, e.g. particles.cs.",
         )
-    if out.exists() and path.exists() and out.samefile(path):
-        raise OutputError(f"{out}: is the file to convert.\n  To mend: name another file.")
     if is_cs(path):
+        if is_dark:
+            raise InputError(
+                "--dark",
+                found=f"it with {path}",
+                expected="a STAR file to convert",
+                remedy="leave it out: a .cs file says so itself, and a STAR file has no place for it.",
+            )
         return _to_star(path, out, source)
-    if source.passthrough is not None:
-        raise InputError(
-            "--passthrough",
-            found=f"it with {path}",
-            expected="particles in a .cs file",
-            remedy="leave it out: a STAR file has no passthrough file.",
-        )
+    refuse_passthrough(path, source.passthrough)
     return _to_cs(path, out, source, is_dark)
 
 
@@ -79,7 +78,7 @@ def _to_star(path: Path, out: Path, source: SourceConfig) -> list[str]:
     write_star(out, star, block="particles", columns={})
     lines = [f"{len(table):,} particles in {out}"]
     if left_out:
-        lines.append(f"not carried, as a STAR file has no place for them: {', '.join(left_out)}")
+        lines.append(f"not carried: {', '.join(left_out)}")
     if any(not name.endswith(".mrcs") for name in table.fields["blob/path"].tolist()):
         lines.append(
             "RELION reads image stacks only by names that end in .mrcs: link the others by such names"
@@ -123,7 +122,7 @@ def _to_cs(path: Path, out: Path, source: SourceConfig, is_dark: bool) -> list[s
     left_out += [f"block data_{each.name}" for each in star.blocks if each not in (block, optics)]
     lines = [f"{n:,} particles in {out}", *messages]
     if left_out:
-        lines.append(f"not carried, as a .cs file has no place for it: {', '.join(left_out)}")
+        lines.append(f"not carried: {', '.join(left_out)}")
     return lines
 
 
@@ -204,13 +203,16 @@ def _locations(
     shapes: dict[str, tuple[int, int]] = {}
     for name in dict.fromkeys(names):
         path = find_file(star, name, datadir)
-        if path is None:
+        try:
+            info = None if path is None else read_stack_info(path)
+        except InputError:
+            info = None
+        if info is None:
             messages.append(
-                f"coordinates are left out: their shares of the micrographs' sides need micrograph {name}, "
-                "which is not there (run from the project's folder, or give --datadir)"
+                f"coordinates are left out: as shares of the micrographs' sides they need {name} as an "
+                "MRC file (run from the project's folder, or give --datadir)"
             )
             return fields
-        info = read_stack_info(path)
         shapes[name] = (info.height_px, info.width_px)
     shape = np.array([shapes[name] for name in names])
     x, y = noted.get("rlnCoordinateX"), noted.get("rlnCoordinateY")

@@ -224,6 +224,13 @@ def check_fits(particles: ParticleSet, checkpoint: Checkpoint) -> None:
             expected=f"at most {grid.pixel_size_angst:g} Å, the model's",
             remedy="extract the particles at a finer pixel size, or train a model on them.",
         )
+    if particles.is_dark not in (None, grid.invert):
+        log.warning(
+            "%s says that the protein is %s (blob/sign), but the model was trained %s --invert",
+            particles.star.path.name,
+            "dark" if particles.is_dark else "white",
+            "with" if grid.invert else "without",
+        )
     if checkpoint.use_ctf and particles.ctf is None:
         raise InputError(
             particles.star.path,

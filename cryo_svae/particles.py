@@ -91,6 +91,12 @@ def read_particles(
             raise _in_words_of_cs(error, star) from error
         _check_boxes(particles, table)
         return replace(particles, cs=table, is_dark=_is_dark(table))
+    refuse_passthrough(path, passthrough)
+    return _particles_of_star(read_star(path), datadir, pixel_size_angst)
+
+
+def refuse_passthrough(path: Path, passthrough: Path | None) -> None:
+    """Raises InputError where a passthrough file is given with a STAR file."""
     if passthrough is not None:
         raise InputError(
             "--passthrough",
@@ -98,7 +104,6 @@ def read_particles(
             expected="particles in a .cs file",
             remedy="leave it out: a STAR file has no passthrough file.",
         )
-    return _particles_of_star(read_star(path), datadir, pixel_size_angst)
 
 
 def read_source(path: Path, source: SourceConfig) -> ParticleSet:

@@ -193,6 +193,9 @@ def write_record(job: Job, particles: ParticleSet, settings: Mapping[str, Any]) 
     star = particles.star.path
     stacks = {str(info.path): info.path.stat().st_size for info in particles.stacks[:1000]}
     inputs = {"star": str(star), "sha256": digest(star), "particles": len(particles), "stack_bytes": stacks}
+    if settings.get("passthrough"):
+        other = Path(settings["passthrough"])
+        inputs |= {"passthrough": str(other), "passthrough_sha256": digest(other)}
     job.write_record(inputs, settings["seed"], pick_device(settings["device"]))
 
 

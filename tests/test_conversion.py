@@ -125,6 +125,12 @@ def test_coordinates_without_their_micrographs_are_left_out_by_name(star, tmp_pa
     assert "location/center_x_frac" not in fields
 
 
+def test_micrographs_of_another_format_leave_coordinates_out(star, tmp_path, capsys):
+    (tmp_path / "mics" / "0.mrc").write_bytes(b"a picture")
+    assert main(["convert", str(star), str(tmp_path / "out.cs")]) == 0
+    assert "they need mics/0.mrc as an MRC file" in capsys.readouterr().out
+
+
 def test_new_uids_stay_with_their_images(star, tmp_path):
     assert main(["convert", str(star), str(tmp_path / "all.cs")]) == 0
     uids = read_cs(tmp_path / "all.cs").fields["uid"]
@@ -156,6 +162,7 @@ def test_relion_30_files_are_converted_from_their_pixels(make_dataset, tmp_path)
         (["particles.star", "out.star"], "a .star and a .cs file"),
         (["particles.star", "out.txt"], "a .star and a .cs file"),
         (["particles.star", "out.cs", "--passthrough", "more.cs"], "--passthrough"),
+        (["particles.cs", "out.star", "--dark"], "--dark"),
         (["gone.star", "out.cs"], "gone.star"),
         (["gone.cs", "out.star"], "gone.cs"),
     ],
@@ -176,7 +183,8 @@ def test_uids_that_are_none_are_refused(make_dataset, tmp_path, capsys, uids):
 
 
 def test_a_simulated_set_is_the_same_through_either_file(tmp_path):
-    size = ["--ctf", "--n-particles", "30", "--box", "32", "--n-micrographs", "3"]
+    size = ["--n-particles", "30", "--box", "32", "--n-micrographs", "3"]
+    size += ["--defocus-min-angst", "10000", "--defocus-max-angst", "20000"]
     assert main(["simulate", "--out", str(tmp_path / "set"), *size]) == 0
     truth, there = tmp_path / "set" / "truth.star", tmp_path / "set" / "truth.cs"
     assert main(["convert", str(truth), str(there)]) == 0

@@ -117,6 +117,11 @@ def test_estimate_inspect_and_report_take_cs_files(make_cs, tmp_path, capsys):
     other = tmp_path / "other"
     assert main(["estimate", str(path), "--model", str(job / "model.pt"), "--out", str(other)]) == 0
     assert "svae/z" in read_cs(other / "particles.cs").fields
+    assert "but the model was trained" not in capsys.readouterr().out
+    white = make_cs("white.cs", **{"blob/sign": np.ones(5, dtype="<f4")})
+    turned = tmp_path / "turned"
+    assert main(["estimate", str(white), "--model", str(job / "model.pt"), "--out", str(turned)]) == 0
+    assert "white (blob/sign), but the model was trained with --invert" in capsys.readouterr().out
     assert main(["report", str(other)]) == 0
     capsys.readouterr()
     assert main(["inspect", str(path), "--out", str(tmp_path / "m.png")]) == 0
@@ -135,6 +140,7 @@ def test_the_ctf_may_lie_in_a_passthrough_file(make_cs, tmp_path):
     job = tmp_path / "job"
     assert run(path, job, "--passthrough", str(more), "--ctf") == 0
     assert "ctf/df1_A" in read_cs(job / "particles.cs").fields
+    assert "more.cs" in (job / "run.json").read_text()
     assert main(["report", str(job)]) == 0
 
 
