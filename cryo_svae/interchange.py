@@ -102,7 +102,7 @@ def star_of_cs(table: CsTable) -> tuple[StarFile, list[str]]:
     micrographs = noted.get("location/micrograph_path")
     if micrographs is not None:
         particles["rlnMicrographName"] = [path.removeprefix(">") for path in micrographs.tolist()]
-    particles |= _coordinates(noted)
+    particles |= _coordinates(table, noted)
     particles["rlnOpticsGroup"] = [str(number) for number in group.tolist()]
     for pair in PAIRS:
         values = noted.get(pair.field)
@@ -124,12 +124,6 @@ def field_of(label: str) -> str:
     """The field from which ``star_of_cs`` makes a column, for messages."""
     fields = {
         "rlnImageName": "blob/path",
-        "rlnCoordinateX": "location/center_x_frac",
-        "rlnCoordinateY": "location/center_y_frac",
-        "rlnAnglePsi": "alignments2D/pose",
-        "rlnOriginXAngst": "alignments2D/shift",
-        "rlnOriginYAngst": "alignments2D/shift",
-        **dict.fromkeys(EULER[:2], "alignments3D/pose"),
         **{label: field for field, label in OPTICS.items()},
         **{pair.label: pair.field for pair in PAIRS},
     }
@@ -137,7 +131,7 @@ def field_of(label: str) -> str:
 
 
 def _flat(table: CsTable, field: str, width: int = 0) -> Column:
-    """A field, checked to hold one number a row (or ``width`` numbers)."""
+    """A field, checked to hold one finite number a row (or ``width`` numbers)."""
     values = table.fields[field]
     if values.shape != ((len(table), width) if width else (len(table),)) or values.dtype.kind not in "fiu":
         raise InputError(
@@ -146,6 +140,15 @@ def _flat(table: CsTable, field: str, width: int = 0) -> Column:
             found=f"values of type {values.dtype} and shape {values.shape[1:]}",
             expected=f"{width or 1} number(s) a row",
             remedy="give a .cs file as CryoSPARC wrote it.",
+        )
+    wrong = np.flatnonzero(~np.isfinite(values).reshape(len(table), -1).all(1))
+    if len(wrong):  # RELION would read nan as 0
+        raise InputError(
+            table.path,
+            column=f"{field}, row {wrong[0] + 1}",
+            found=f"'{values[wrong[0]]}'",
+            expected="a number",
+            remedy="mend the value, or leave the particle out.",
         )
     return values
 
@@ -194,12 +197,12 @@ def _optics(table: CsTable, noted: Noted) -> tuple[NDArray[np.intp], Texts]:
     }
 
 
-def _coordinates(noted: Noted) -> Texts:
+def _coordinates(table: CsTable, noted: Noted) -> Texts:
     """Centres in pixels of their micrographs."""
     names = ("location/center_x_frac", "location/center_y_frac", "location/micrograph_shape")
     if not all(name in noted.columns for name in names):
         return {}
-    x, y, shape = (noted.columns[name] for name in names)
+    x, y, shape = (_flat(table, name, 2 if name == names[2] else 0) for name in names)
     noted.asked |= set(names)
     height, width = shape.astype(np.float64).T
     return {

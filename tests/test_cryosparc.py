@@ -165,6 +165,9 @@ def test_mistakes_are_told_by_field_and_row(make_cs, tmp_path):
         "blob/path, row 1: found stack 'gone.mrcs'": {"blob/path": np.array([">gone.mrcs"] * 5)},
         "blob/path, row 4: found slice 6": {"blob/idx": np.array([0, 1, 2, 5, 4], dtype="<u4")},
         "ctf/df1_A, row 3: found 'nan'": {"ctf/df1_A": df},
+        "alignments2D/pose, row 2: found 'nan'": {
+            "alignments2D/pose": np.array([0, np.nan, 1, 2, 3], dtype="<f4")
+        },
         "blob/shape, row 1: found 20 x 20 px": {"blob/shape": np.full((5, 2), 20, dtype="<u4")},
         "blob/psize_A: found a pixel size of 0": {"blob/psize_A": np.zeros(5, dtype="<f4")},
     }
