@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 pytest.importorskip("cryosparc.dataset", reason="cryosparc-tools is not installed")
 
@@ -223,3 +224,25 @@ def test_relion_takes_exposure_groups_that_do_not_begin_at_1(relion, make_datase
     refined = read_star(tmp_path / "refined" / "run_it001_data.star").block("particles")
     uids = {str(uid) for uid in fields["uid"].tolist()}
     assert set(refined.text("ucsfUid")) == uids
+
+
+@pytest.mark.parametrize("name", ["cryosparc_J2_particles_exported", "cryosparc_P12_J24_001_particles"])
+def test_real_alignments_come_back_through_a_star_file(shared_data, tmp_path, name):
+    path = shared_data / "star_zoo" / "cryodrgn" / f"{name}.cs"
+    assert main(["convert", str(path), str(tmp_path / "between.star")]) == 0
+    assert main(["convert", str(tmp_path / "between.star"), str(tmp_path / "out.cs"), "--dark"]) == 0
+    before, after = np.load(path), np.load(tmp_path / "out.cs")
+    space = "alignments2D" if "J2" in name.split("_") else "alignments3D"
+    exact = ["uid", "blob/idx", "blob/shape", "blob/psize_A", "blob/sign", "ctf/exp_group_id", "ctf/df1_A"]
+    exact += ["ctf/df2_A", "ctf/df_angle_rad", "ctf/accel_kv", "ctf/cs_mm", "ctf/amp_contrast"]
+    exact += [f"{space}/shift", f"{space}/class", f"{space}/psize_A"]
+    for field in (
+        [*exact, "alignments2D/pose"] if space == "alignments2D" else [*exact, "alignments3D/split"]
+    ):
+        assert before[field].tobytes() == after[field].tobytes(), field
+    if space == "alignments3D":
+        turn = (
+            Rotation.from_rotvec(after[f"{space}/pose"])
+            * Rotation.from_rotvec(before[f"{space}/pose"]).inv()
+        )
+        assert turn.magnitude().max() < 1e-6
