@@ -13,7 +13,8 @@ uid: ucsfUid, pyem's name for it
 
 The 2-D pose goes to rln labels where there is no 3-D pose, to svae labels beside one. Sources: pyem's
 csparc2star and, for the sign and the zero of classes, a second public converter; not verified against
-a CryoSPARC server. blob/sign -1 means dark protein, as seen in the images of EMPIAR-10076.
+a CryoSPARC server. blob/sign -1 is taken as dark protein: so it is in the seven images of EMPIAR-10076
+whose .cs file says -1. A comment in one public script reads it the other way, so contrast is tested too.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ from __future__ import annotations
 import h5py
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
+from scipy.stats import skew
 
 pytest.importorskip("cryosparc.dataset", reason="cryosparc-tools is not installed")
 
@@ -14,6 +16,7 @@ from cryo_svae.errors import InputError
 from cryo_svae.formats.cs import read_cs
 from cryo_svae.formats.mrc import write_stack
 from cryo_svae.formats.star import read_star
+from cryo_svae.images import ImageSource
 from cryo_svae.particles import read_particles
 from tests.cryosparc_files import particle_fields, pose_2d, pose_3d, save_cs
 from tests.test_cli import QUICK
@@ -198,6 +201,15 @@ def test_the_real_files_with_images_are_understood(shared_data):
     np.testing.assert_allclose(a.pixel_size_angst, b.pixel_size_angst, rtol=1e-6)
     for name, values in vars(a.ctf).items():
         np.testing.assert_allclose(values.numpy(), getattr(b.ctf, name).numpy(), rtol=1e-6)
+
+
+def test_the_protein_is_dark_in_real_images_whose_sign_is_minus_1(shared_data):
+    particles = read_particles(shared_data / "small" / "empiar_10076_7.cs")
+    images = gaussian_filter(ImageSource(particles).read(np.arange(7)), (0, 6, 6))
+    y, x = np.mgrid[:320, :320] - 160
+    middle = images[:, np.hypot(x, y) * 1.31 < 90]
+    assert particles.is_dark
+    assert (skew(middle, axis=1) < -0.2).all()  # projections of a ribosome reach further to the dark side
 
 
 @pytest.mark.parametrize("name", ["J2_particles_exported", "P12_J24_001_particles"])
