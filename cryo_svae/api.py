@@ -40,11 +40,21 @@ SOURCE = "fit()"
 
 
 def load(
-    path: str | Path, *, datadir: str | Path | None = None, pixel_size_angst: float | None = None
+    path: str | Path,
+    *,
+    datadir: str | Path | None = None,
+    pixel_size_angst: float | None = None,
+    passthrough: str | Path | None = None,
 ) -> ParticleSet:
-    """The particles of a RELION STAR file, images unread; options as ``--datadir``, ``--pixel-size``."""
+    """The particles of a RELION STAR file or a CryoSPARC .cs file, images unread.
+
+    Options as ``--datadir``, ``--pixel-size``, ``--passthrough``.
+    """
     return read_particles(
-        Path(path), datadir=None if datadir is None else Path(datadir), pixel_size_angst=pixel_size_angst
+        Path(path),
+        datadir=None if datadir is None else Path(datadir),
+        pixel_size_angst=pixel_size_angst,
+        passthrough=None if passthrough is None else Path(passthrough),
     )
 
 

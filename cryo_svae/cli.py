@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cryo-svae",
         description="Content, in-plane rotation and shift of cryo-EM particles by spatial variational "
-        "autoencoders: RELION STAR and MRC in, STAR and MRC out.",
+        "autoencoders: RELION STAR or CryoSPARC .cs and MRC in, the same out.",
     )
     parser.add_argument("--version", action="version", version=f"cryo_svae {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -60,10 +60,17 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=Path("inspect.png"), metavar="PNG", help="the montage [inspect.png]"
     )
     config.add_options(inspect, SourceConfig, PreparationConfig)
-    select = add("select", "a part of a job's particles, as a STAR file for the next job")
+    select = add("select", "a part of a job's particles, as a STAR or .cs file for the next job")
     select.add_argument("job", type=Path, metavar="JOB", help="job folder")
-    select.add_argument("--out", type=Path, required=True, metavar="STAR", help="the file to write")
+    select.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write")
     config.add_options(select, SelectionConfig)
+    convert = add("convert", "a STAR file as a CryoSPARC .cs file, or a .cs file as a STAR file")
+    convert.add_argument("source", type=Path, metavar="IN", help="particles, .star or .cs")
+    convert.add_argument("out", type=Path, metavar="OUT", help="the file to write, .cs or .star")
+    convert.add_argument(
+        "--dark", action="store_true", help="the protein is dark: blob/sign -1 in the .cs file, not 1"
+    )
+    config.add_options(convert, SourceConfig)
     average = add("average", "decode at a point or along an axis of z, and average the particles there")
     average.add_argument("job", type=Path, metavar="JOB", help="job folder, which takes the stacks")
     average.add_argument("--z", metavar="Z", help="a point, e.g. --z=0.5,-1")
@@ -84,8 +91,8 @@ def _add_particles(parser: argparse.ArgumentParser, optional: bool) -> None:
         "particles",
         type=Path,
         nargs="?" if optional else None,
-        metavar="PARTICLES.star",
-        help="RELION particle file (3.0 to 5)",
+        metavar="PARTICLES",
+        help="particle file: RELION .star (3.0 to 5), or CryoSPARC .cs",
     )
 
 
@@ -114,7 +121,9 @@ def _run_job(arguments: dict[str, Any], stage_name: str) -> None:
             raise InputError(
                 "the command line",
                 found=f"no {name}",
-                expected="a RELION STAR file" if name == "particles" else "--model MODEL.pt",
+                expected="a RELION STAR or CryoSPARC .cs file"
+                if name == "particles"
+                else "--model MODEL.pt",
                 remedy="see cryo-svae --help.",
             )
     job = open_job(out, overwrite=overwrite, resume=resume)
@@ -142,6 +151,14 @@ def _select(arguments: dict[str, Any]) -> None:
     settings = config.build(SelectionConfig, arguments, "the command line")
     kept, total = select(arguments["job"], arguments["out"], settings)
     print(f"{kept:,} of {total:,} particles in {arguments['out']}")
+
+
+def _convert(arguments: dict[str, Any]) -> None:
+    from cryo_svae.conversion import convert
+
+    source = config.build(SourceConfig, arguments, "the command line")
+    for line in convert(arguments["source"], arguments["out"], source, is_dark=arguments["dark"]):
+        print(line)
 
 
 def _average(arguments: dict[str, Any]) -> None:
@@ -181,6 +198,7 @@ COMMANDS: dict[str, Callable[[dict[str, Any]], None]] = {
     "estimate": lambda arguments: _run_job(arguments, "estimate_only"),
     "average": _average,
     "select": _select,
+    "convert": _convert,
     "report": _report,
     "simulate": _simulate,
     "inspect": _inspect,

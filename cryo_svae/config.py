@@ -45,8 +45,11 @@ def check(condition: bool, name: str, found: object, expected: str) -> None:
 class SourceConfig:
     """Where particles are read from."""
 
-    datadir: Path | None = option(None, "folder under which image paths of the STAR file are sought first")
+    datadir: Path | None = option(
+        None, "folder under which image paths of the particle file are sought first"
+    )
     pixel_size: float | None = option(None, "pixel size in Å, for files that do not hold one")
+    passthrough: Path | None = option(None, "passthrough .cs file of a CryoSPARC job, joined by uid")
 
     def __post_init__(self) -> None:
         check(self.pixel_size is None or self.pixel_size > 0, "pixel_size", self.pixel_size, "Å above 0")
@@ -59,7 +62,10 @@ class PreparationConfig:
     box: int | None = option(
         None, "working box in pixels (even), reached by Fourier cropping [their own, at most 64 or 128]"
     )
-    invert: bool = option(False, "the protein is dark in the images: change their sign")
+    invert: bool | None = option(
+        None,
+        "the protein is dark in the images: change their sign [as blob/sign of a .cs file says, else no]",
+    )
     mask_diameter: float | None = option(
         None, "diameter in Å of the circle that holds the particle; outside is background [the box]"
     )

@@ -21,7 +21,7 @@ from cryo_svae.formats.mrc import write_stack
 from cryo_svae.formats.results import read_arrays
 from cryo_svae.images import ImageSource
 from cryo_svae.job import CHECKPOINT, CONFIG, Job
-from cryo_svae.particles import ParticleSet, read_particles
+from cryo_svae.particles import ParticleSet, read_source
 from cryo_svae.report.page import write_report
 from cryo_svae.reporting import findings, gather
 
@@ -57,9 +57,7 @@ def read_job(folder: Path) -> FinishedJob:
     settings = config.read_yaml(path)
     source = config.build(SourceConfig, settings, str(path))
     compute = config.build(ComputeConfig, settings, str(path))
-    particles = read_particles(
-        Path(settings["particles"]), datadir=source.datadir, pixel_size_angst=source.pixel_size
-    )
+    particles = read_source(Path(settings["particles"]), source)
     arrays = read_arrays(folder / "latents.h5")
     doubles = {name: values.astype(np.float64) for name, values in arrays.items() if name != "usable"}
     columns = {**arrays, **doubles}

@@ -1,4 +1,4 @@
-"""Estimates to files: columns of the particles' STAR file, and latents in HDF5."""
+"""Estimates to files: columns of the particles' STAR and .cs files, and latents in HDF5."""
 
 from __future__ import annotations
 
@@ -11,15 +11,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryo_svae.estimation import EstimateTable
+from cryo_svae.formats.cs import write_cs
 from cryo_svae.formats.results import write_arrays
 from cryo_svae.formats.star import write_star
+from cryo_svae.interchange import Noted, cs_fields
 from cryo_svae.particles import ParticleSet
 
 log = logging.getLogger(__name__)
 
+Reals = NDArray[np.float64]
 
-def _texts(values: NDArray[np.float64], form: str) -> list[str]:
-    return [form % value for value in values.tolist()]
+
+def _columns(
+    table: EstimateTable, class_number: NDArray[np.intp], pose_prefix: str
+) -> dict[str, tuple[Reals, str]]:
+    """The columns of a job: label to values (n,) and the format of their cells."""
+    columns = {
+        f"{pose_prefix}AnglePsi": (table.psi_deg, "%.6f"),
+        f"{pose_prefix}OriginXAngst": (table.origin_angst[:, 0], "%.6f"),
+        f"{pose_prefix}OriginYAngst": (table.origin_angst[:, 1], "%.6f"),
+        "rlnClassNumber": (class_number.astype(np.float64), "%d"),
+        "rlnParticleFigureOfMerit": (table.figure_of_merit, "%.6f"),
+    }
+    for axis, values in enumerate(table.z.T, start=1):
+        columns[f"svaeZ{axis}"] = (values, "%.8g")
+    for axis, values in enumerate(table.z_std.T, start=1):
+        columns[f"svaeZ{axis}Std"] = (values, "%.8g")
+    columns["svaePsiStd"] = (table.psi_std_deg, "%.6f")
+    columns["svaeOriginStdAngst"] = (table.origin_std_angst, "%.6f")
+    columns["svaeLogLikelihood"] = (table.log_likelihood, "%.4f")
+    return columns
 
 
 def star_columns(
@@ -30,33 +51,17 @@ def star_columns(
     3-D poses of the input are kept unless ``overwrite_pose``; ours then go to svae columns.
     Files in RELION 3.0's style also get their origins in pixels (rlnOriginX, rlnOriginY).
     """
-    pose = {
-        "AnglePsi": _texts(table.psi_deg, "%.6f"),
-        "OriginXAngst": _texts(table.origin_angst[:, 0], "%.6f"),
-        "OriginYAngst": _texts(table.origin_angst[:, 1], "%.6f"),
-    }
-    if particles.has_3d_pose and not overwrite_pose:
+    keeps_pose = particles.has_3d_pose and not overwrite_pose
+    columns = _columns(table, class_number, "svae" if keeps_pose else "rln")
+    if keeps_pose:
         log.warning(
             "the input holds 3-D poses: they are kept, and our psi and origins written as "
             "svaeAnglePsi, svaeOriginXAngst, svaeOriginYAngst (--overwrite-pose replaces them)"
         )
-        columns = {f"svae{name}": cells for name, cells in pose.items()}
-    else:
-        columns = {f"rln{name}": cells for name, cells in pose.items()}
-        if particles.is_relion30:
-            origin_px = table.origin_angst / particles.pixel_size_angst[:, None]
-            columns["rlnOriginX"] = _texts(origin_px[:, 0], "%.6f")
-            columns["rlnOriginY"] = _texts(origin_px[:, 1], "%.6f")
-    columns["rlnClassNumber"] = [str(number) for number in class_number.tolist()]
-    columns["rlnParticleFigureOfMerit"] = _texts(table.figure_of_merit, "%.6f")
-    for axis in range(table.z.shape[1]):
-        columns[f"svaeZ{axis + 1}"] = _texts(table.z[:, axis], "%.8g")
-    for axis in range(table.z.shape[1]):
-        columns[f"svaeZ{axis + 1}Std"] = _texts(table.z_std[:, axis], "%.8g")
-    columns["svaePsiStd"] = _texts(table.psi_std_deg, "%.6f")
-    columns["svaeOriginStdAngst"] = _texts(table.origin_std_angst, "%.6f")
-    columns["svaeLogLikelihood"] = _texts(table.log_likelihood, "%.4f")
-    return columns
+    elif particles.is_relion30:
+        origin_px = table.origin_angst / particles.pixel_size_angst[:, None]
+        columns |= {f"rlnOrigin{axis}": (origin_px[:, k], "%.6f") for k, axis in enumerate("XY")}
+    return {label: [form % value for value in values.tolist()] for label, (values, form) in columns.items()}
 
 
 def write_particles(
@@ -69,6 +74,26 @@ def write_particles(
     """The input STAR file with our columns; every other cell to the letter."""
     columns = star_columns(particles, table, class_number, overwrite_pose)
     write_star(path, particles.star, block=particles.block.name, columns=columns)
+
+
+def write_cs_particles(
+    path: Path, particles: ParticleSet, table: EstimateTable, class_number: NDArray[np.intp]
+) -> None:
+    """The input .cs table with our alignments2D/* and svae/* fields; every other field to the byte.
+
+    A class of k-means takes a particle whole: its class_posterior is 1, and 0 for unusable images.
+    """
+    if particles.cs is None:
+        raise ValueError("particles of a STAR file have no .cs table")
+    columns = {label: values for label, (values, _) in _columns(table, class_number, "rln").items()}
+    ours = cs_fields(Noted(columns), particles.pixel_size_angst)
+    ours["alignments2D/class_posterior"] = table.usable.astype("<f4")
+    write_cs(path, particles.cs.with_fields(ours).fields)
+    if any(info.path.suffix != ".mrcs" for info in particles.stacks):
+        log.warning(
+            "RELION reads image stacks only by names that end in .mrcs: to use particles.star there, link "
+            "each stack by such a name and change its rlnImageName"
+        )
 
 
 def write_latents(

@@ -84,6 +84,7 @@ def plan_training(settings: Mapping[str, Any], particles: ParticleSet, source: s
     defaults = engine_class.training_defaults
     found = {
         "box": preparation.box_px,
+        "invert": preparation.invert,
         "mask_diameter": preparation.mask_diameter_angst,
         "ctf": particles.ctf is not None,
         "max_shift": MAX_SHIFT_SHARE_OF_BOX * preparation.box_px * pixel_size_angst,
@@ -189,12 +190,12 @@ def report_unusable(particles: ParticleSet, store: TrainingStore) -> None:
     usable[store.particle] = True
     bad = np.flatnonzero(~usable)
     if len(bad):
-        lines = ", ".join(str(particles.block.line_of(int(row))) for row in bad[:5])
+        places = ", ".join(particles.place_of(int(row)) for row in bad[:5])
         log.warning(
-            "%d image(s) hold NaN or are constant (%s, line %s%s): left out of training, figure of merit 0",
+            "%d image(s) hold NaN or are constant (%s, %s%s): left out of training, figure of merit 0",
             len(bad),
             particles.star.path.name,
-            lines,
+            places,
             ", …" if len(bad) > 5 else "",
         )
     if len(store) == 0:
@@ -222,6 +223,13 @@ def check_fits(particles: ParticleSet, checkpoint: Checkpoint) -> None:
             found=f"a pixel size of {particles.pixel_size_angst.max():g} Å",
             expected=f"at most {grid.pixel_size_angst:g} Å, the model's",
             remedy="extract the particles at a finer pixel size, or train a model on them.",
+        )
+    if particles.is_dark not in (None, grid.invert):
+        log.warning(
+            "%s says that the protein is %s (blob/sign), but the model was trained %s --invert",
+            particles.star.path.name,
+            "dark" if particles.is_dark else "white",
+            "with" if grid.invert else "without",
         )
     if checkpoint.use_ctf and particles.ctf is None:
         raise InputError(

@@ -14,12 +14,14 @@ Our models decode at q = R(theta) (p + o) in the same coordinates, so psi is the
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 Numbers = TypeVar("Numbers", Tensor, NDArray[np.float64], float)
@@ -43,6 +45,28 @@ def wrap_degrees(angle_deg: Numbers) -> Numbers:
 def wrap_radians(angle_rad: Numbers) -> Numbers:
     """The same angles in [-pi, pi)."""
     return (angle_rad + math.pi) % (2.0 * math.pi) - math.pi
+
+
+def rotation_vectors_to_euler(
+    rotation_vector_rad: Float[np.ndarray, "n 3"],
+) -> Float[np.ndarray, "n 3"]:
+    """RELION's rlnAngleRot, rlnAngleTilt, rlnAnglePsi (degrees) of CryoSPARC's alignments3D/pose.
+
+    The pose is the rotation Rz(rot) Ry(tilt) Rz(psi), the inverse of RELION's Euler matrix: so read
+    in the sources of two converters, cryoDRGN (R_from_relion, parse_pose_csparc) and pyem.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # at tilt 0 only rot + psi is defined; scipy then takes psi 0
+        euler = Rotation.from_rotvec(rotation_vector_rad).as_euler("ZYZ", degrees=True)
+    return np.asarray(euler, dtype=np.float64)
+
+
+def euler_to_rotation_vectors(
+    rot_tilt_psi_deg: Float[np.ndarray, "n 3"],
+) -> Float[np.ndarray, "n 3"]:
+    """CryoSPARC's alignments3D/pose (rad) of RELION's rot, tilt and psi; see the inverse."""
+    rotation = Rotation.from_euler("ZYZ", rot_tilt_psi_deg, degrees=True)
+    return np.asarray(rotation.as_rotvec(), dtype=np.float64)
 
 
 def rotation_matrix(psi_rad: Float[Tensor, "*b"]) -> Float[Tensor, "*b 2 2"]:

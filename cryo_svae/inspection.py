@@ -14,7 +14,7 @@ from cryo_svae.config import PreparationConfig, SourceConfig
 from cryo_svae.fitting import contrast_score
 from cryo_svae.formats.atomic import atomic_path
 from cryo_svae.images import ImageSource
-from cryo_svae.particles import read_particles
+from cryo_svae.particles import read_source
 from cryo_svae.preprocessing import plan_preparation, prepared_images
 from cryo_svae.stages import CONTRAST_SIGNIFICANCE, describe
 
@@ -25,7 +25,7 @@ LARGEST_BOX_PX = 128
 
 def inspect(path: Path, source: SourceConfig, config: PreparationConfig, png: Path) -> list[str]:
     """Lines that say what a particle file holds; draws some of its images, below them smoothed ones."""
-    particles = read_particles(path, datadir=source.datadir, pixel_size_angst=source.pixel_size)
+    particles = read_source(path, source)
     images = ImageSource(particles)
     preparation = plan_preparation(particles, config, LARGEST_BOX_PX)
     lines = describe(particles)
@@ -33,17 +33,17 @@ def inspect(path: Path, source: SourceConfig, config: PreparationConfig, png: Pa
     if abs(score) < CONTRAST_SIGNIFICANCE:
         guess = "cannot be told"
     elif (score > 0) != preparation.invert:
-        guess = "protein white"
+        guess = "protein white" + (": use --no-invert" if preparation.invert else "")
     else:
-        guess = "protein dark: use --invert"
+        guess = "protein dark: " + ("inverted" if preparation.invert else "use --invert")
     lines.append(f"contrast      {guess} (middle against background: {score:+.0f} standard errors)")
     bad = [
         int(row)
         for index, _, usable in prepared_images(images, np.arange(len(particles)), preparation)
         for row in index[~usable.numpy()]
     ]
-    where = ", ".join(str(particles.block.line_of(row)) for row in bad[:5])
-    lines.append(f"junk images   {len(bad)} NaN or constant" + (f" (line {where})" if bad else ""))
+    where = ", ".join(particles.place_of(row) for row in bad[:5])
+    lines.append(f"junk images   {len(bad)} NaN or constant" + (f" ({where})" if bad else ""))
     pick = np.unique(np.linspace(0, len(particles) - 1, MONTAGE_PARTICLES).astype(np.intp))
     chosen = torch.cat([prepared for _, prepared, _ in prepared_images(images, pick, preparation)])
     title = f"{path.name}: {len(particles):,} particles, every {max(1, len(particles) // len(pick)):,}th"

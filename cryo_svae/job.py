@@ -29,6 +29,7 @@ RESULT_PATTERNS = (
     CHECKPOINT,
     CONFIG,
     "particles.star",
+    "particles.cs",
     "latents.h5",
     "decoded.mrcs",
     "classes.mrcs",

@@ -1,9 +1,9 @@
-"""Particles of a RELION STAR file: rows, their optics joined, their image paths resolved."""
+"""Particles of a RELION STAR or a CryoSPARC .cs file: rows, their optics joined, their images found."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +11,14 @@ import torch
 from numpy.typing import NDArray
 
 from cryo_svae import geometry
+from cryo_svae.config import SourceConfig
 from cryo_svae.ctf import CtfTable
 from cryo_svae.errors import InputError
-from cryo_svae.formats.mrc import StackInfo, read_stack_info
+from cryo_svae.formats.cs import CsTable, is_cs, read_particles_cs
+from cryo_svae.formats.mrc import StackInfo
 from cryo_svae.formats.star import StarBlock, StarFile, read_star
+from cryo_svae.interchange import field_of, star_of_cs
+from cryo_svae.stacks import find_stacks
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +29,8 @@ MICROMETRE_ANGST = 1e4
 class ParticleSet:
     """n particles in file order.
 
-    star, block:         the file they came from, whole, and its block of particles.
+    star, block:         the file they came from, whole, and its block of particles; of a .cs file, the
+                         STAR file in memory that says the same.
     optics_group:        (n,) index into ``groups``.
     groups:              names or numbers of the optics groups, for messages.
     stacks:              image stacks, each checked: even square boxes.
@@ -35,6 +40,8 @@ class ParticleSet:
     ctf:                 their CTF parameters (pixel size of the images on disk), or None.
     has_3d_pose:         whether the file holds nonzero rlnAngleRot or rlnAngleTilt.
     is_relion30:         one block without optics groups, origins in pixels.
+    cs:                  the .cs table they came from, or None.
+    is_dark:             whether the file says that the protein is dark (.cs), or None.
     """
 
     star: StarFile
@@ -49,27 +56,72 @@ class ParticleSet:
     ctf: CtfTable | None
     has_3d_pose: bool
     is_relion30: bool
+    cs: CsTable | None = None
+    is_dark: bool | None = None
 
     def __len__(self) -> int:
         return len(self.slice_of)
 
+    def place_of(self, row: int) -> str:
+        """Where in the file a particle stands, for messages."""
+        return f"line {self.block.line_of(row)}" if self.cs is None else f"row {row + 1}"
+
 
 def read_particles(
-    path: Path, *, datadir: Path | None = None, pixel_size_angst: float | None = None
+    path: Path,
+    *,
+    datadir: Path | None = None,
+    pixel_size_angst: float | None = None,
+    passthrough: Path | None = None,
 ) -> ParticleSet:
-    """Particles of a STAR file of RELION 3.0, 3.1, 4 or 5.
+    """Particles of a STAR file of RELION 3.0, 3.1, 4 or 5, or of a CryoSPARC .cs file.
 
     datadir:          folder under which image paths are sought first; then the current folder
-                      (the project's), then the STAR file's and its parents.
+                      (the project's), then the file's and its parents.
     pixel_size_angst: for files that hold none.
+    passthrough:      a .cs file with more fields of the same particles.
     Raises InputError, with file, line and column.
     """
-    star = read_star(path)
-    block, optics = _find_blocks(star)
-    columns = _Columns(star, block, optics)
+    if is_cs(path):
+        table = read_particles_cs(path, passthrough)
+        star, _ = star_of_cs(table)
+        try:
+            particles = _particles_of_star(star, datadir, pixel_size_angst)
+        except InputError as error:
+            raise _in_words_of_cs(error, star) from error
+        _check_boxes(particles, table)
+        return replace(particles, cs=table, is_dark=_is_dark(table))
+    refuse_passthrough(path, passthrough)
+    return _particles_of_star(read_star(path), datadir, pixel_size_angst)
+
+
+def refuse_passthrough(path: Path, passthrough: Path | None) -> None:
+    """Raises InputError where a passthrough file is given with a STAR file."""
+    if passthrough is not None:
+        raise InputError(
+            "--passthrough",
+            found=f"it with {path}",
+            expected="particles in a .cs file",
+            remedy="leave it out: a STAR file has no passthrough file.",
+        )
+
+
+def read_source(path: Path, source: SourceConfig) -> ParticleSet:
+    """``read_particles`` with the options of a job."""
+    return read_particles(
+        path,
+        datadir=source.datadir,
+        pixel_size_angst=source.pixel_size,
+        passthrough=source.passthrough,
+    )
+
+
+def _particles_of_star(star: StarFile, datadir: Path | None, pixel_size_angst: float | None) -> ParticleSet:
+    block, optics = find_blocks(star)
+    columns = ParticleColumns(star, block, optics)
     group_of, groups = columns.groups()
-    stacks, stack_of, slice_of = _images(star, block, datadir)
-    pixel_size = _pixel_size(columns, pixel_size_angst)
+    stacks, stack_of, slice_of = find_stacks(star, block, datadir)
+    pixel_size = pixel_sizes(columns, pixel_size_angst)
     angles = [columns.of_particles(name) for name in ("rlnAngleRot", "rlnAngleTilt")]
     return ParticleSet(
         star=star,
@@ -87,7 +139,53 @@ def read_particles(
     )
 
 
-def _find_blocks(star: StarFile) -> tuple[StarBlock, StarBlock | None]:
+def _in_words_of_cs(error: InputError, star: StarFile) -> InputError:
+    """An error in the STAR file made of a .cs file, told by the field and row of the latter."""
+    block = star.block("particles")
+    if error.path != str(star.path) or error.column is None or block is None:
+        return error
+    field = field_of(error.column.split()[0].removeprefix("_"))
+    row = -1 if error.line is None else error.line - block.line_of(0)
+    return InputError(
+        error.path,
+        column=f"{field}, row {row + 1}" if row >= 0 else field,
+        found=error.found,
+        expected=error.expected,
+        remedy=error.remedy,
+    )
+
+
+def _check_boxes(particles: ParticleSet, table: CsTable) -> None:
+    shape = table.fields["blob/shape"]
+    wrong = np.flatnonzero((shape != particles.box_px[:, None]).any(1))
+    if len(wrong):
+        row = int(wrong[0])
+        raise InputError(
+            table.path,
+            column=f"blob/shape, row {row + 1}",
+            found=f"{shape[row, 1]} x {shape[row, 0]} px",
+            expected=f"{particles.box_px[row]} px, as in {particles.stacks[particles.stack_of[row]].path}",
+            remedy="check that the stack is the one the file was written for.",
+        )
+
+
+def _is_dark(table: CsTable) -> bool | None:
+    """What blob/sign says of all images: -1 that the protein is dark; None where there is no such field."""
+    sign = table.fields.get("blob/sign")
+    if sign is None:
+        return None
+    if not (np.all(sign < 0) or np.all(sign > 0)):
+        raise InputError(
+            table.path,
+            column="blob/sign",
+            found="both signs, or 0",
+            expected="images of one contrast: all -1 (protein dark) or all 1 (white)",
+            remedy="split the set by its contrast.",
+        )
+    return bool(sign[0] < 0)
+
+
+def find_blocks(star: StarFile) -> tuple[StarBlock, StarBlock | None]:
     """The block of particles and that of optics groups (None in RELION 3.0's style)."""
     block = star.block("particles")
     if block is None:
@@ -129,7 +227,7 @@ def _find_blocks(star: StarFile) -> tuple[StarBlock, StarBlock | None]:
     return block, star.block("optics")
 
 
-class _Columns:
+class ParticleColumns:
     """Numbers of the particles, wherever the file holds them: their own block or the optics."""
 
     def __init__(self, star: StarFile, block: StarBlock, optics: StarBlock | None) -> None:
@@ -166,6 +264,7 @@ class _Columns:
         return rows
 
     def groups(self) -> tuple[NDArray[np.intp], tuple[str, ...]]:
+        """Each particle's (n,) optics group, and the names of the groups."""
         if self.optics is None or self.row_of_optics is None:
             return np.zeros(self.block.n_rows, dtype=np.intp), ("all particles",)
         label = "rlnOpticsGroupName" if self.optics.has("rlnOpticsGroupName") else "rlnOpticsGroup"
@@ -196,7 +295,8 @@ class _Columns:
         return values
 
 
-def _pixel_size(columns: _Columns, given_angst: float | None) -> NDArray[np.float64]:
+def pixel_sizes(columns: ParticleColumns, given_angst: float | None) -> NDArray[np.float64]:
+    """Pixel sizes (n,) in Å of the images on disk, or the one given where the file holds none."""
     sizes = columns.get("rlnImagePixelSize")
     label = "_rlnImagePixelSize"
     if sizes is None:
@@ -237,7 +337,7 @@ def _pixel_size(columns: _Columns, given_angst: float | None) -> NDArray[np.floa
     return sizes
 
 
-def _ctf(columns: _Columns, pixel_size_angst: NDArray[np.float64]) -> CtfTable | None:
+def _ctf(columns: ParticleColumns, pixel_size_angst: NDArray[np.float64]) -> CtfTable | None:
     """CTF parameters, where the file holds any; a part of them only is an error."""
     if columns.get("rlnDefocusU") is None:
         return None
@@ -282,84 +382,4 @@ def _ctf(columns: _Columns, pixel_size_angst: NDArray[np.float64]) -> CtfTable |
         pixel_size_angst=torch.from_numpy(pixel_size_angst.copy()),
         phase_shift_rad=torch.from_numpy(geometry.radians(phase_shift_deg)),
         **{name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in values.items()},
-    )
-
-
-def _images(
-    star: StarFile, block: StarBlock, datadir: Path | None
-) -> tuple[tuple[StackInfo, ...], NDArray[np.intp], NDArray[np.intp]]:
-    names = block.text("rlnImageName")
-    stack_of = np.empty(len(names), dtype=np.intp)
-    slice_of = np.empty(len(names), dtype=np.intp)
-    index_of: dict[str, int] = {}
-    first_row: list[int] = []
-    for row, name in enumerate(names):
-        number, at, stack = name.partition("@")
-        if not at or not number.isdecimal() or not number.isascii() or int(number) == 0 or not stack:
-            raise InputError(
-                star.path,
-                line=block.line_of(row),
-                column=f"_rlnImageName (#{block.labels.index('rlnImageName') + 1})",
-                found=f"'{name}'",
-                expected="'<slice>@<stack>', slices counted from 1",
-                remedy="name the image within its stack, e.g. '000001@stack.mrcs'.",
-            )
-        if stack not in index_of:
-            index_of[stack] = len(index_of)
-            first_row.append(row)
-        stack_of[row] = index_of[stack]
-        slice_of[row] = int(number) - 1
-    lines = [block.line_of(row) for row in first_row]
-    infos = [_stack(star, name, line, datadir) for name, line in zip(index_of, lines, strict=True)]
-    sizes = np.array([info.n_images for info in infos])
-    beyond = np.flatnonzero(slice_of >= sizes[stack_of])
-    if len(beyond):
-        row = int(beyond[0])
-        info = infos[stack_of[row]]
-        raise InputError(
-            star.path,
-            line=block.line_of(row),
-            column="_rlnImageName",
-            found=f"slice {slice_of[row] + 1}",
-            expected=f"at most {info.n_images}, the number of images in {info.path}",
-            remedy="check that the stack is the one the file was written for, and complete.",
-        )
-    return tuple(infos), stack_of, slice_of
-
-
-def _stack(star: StarFile, name: str, line: int, datadir: Path | None) -> StackInfo:
-    info = read_stack_info(_resolve(star, name, line, datadir))
-    if info.width_px != info.height_px or info.width_px % 2:
-        raise InputError(
-            info.path,
-            found=f"images of {info.width_px} x {info.height_px} px",
-            expected="square images with an even number of pixels a side",
-            remedy="extract or re-scale the particles to an even box.",
-        )
-    return info
-
-
-def _resolve(star: StarFile, name: str, line: int, datadir: Path | None) -> Path:
-    here = star.path.resolve().parent
-    folders = [Path.cwd(), here, *here.parents]
-    if datadir is not None:
-        if not datadir.is_dir():
-            raise InputError(
-                "--datadir", found=f"no folder '{datadir}'", expected="a folder", remedy="check the path."
-            )
-        in_datadir = datadir / Path(name).name
-        folders = [datadir, *folders]
-    candidates = [folder / name for folder in folders]
-    if datadir is not None:
-        candidates.insert(1, in_datadir)
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise InputError(
-        star.path,
-        line=line,
-        column="_rlnImageName",
-        found=f"stack '{name}', which is not there",
-        expected=f"it under the current folder {Path.cwd()}, or beside or above the STAR file",
-        remedy="run from the project's folder, or say where the stacks are by --datadir.",
     )

@@ -77,7 +77,7 @@ def plan_preparation(particles: ParticleSet, config: PreparationConfig, largest_
         box_px=box_px,
         pixel_size_angst=pixel_size,
         mask_diameter_angst=(box_px - 2) * pixel_size if diameter is None else diameter,
-        invert=config.invert,
+        invert=bool(particles.is_dark) if config.invert is None else config.invert,
     )
 
 

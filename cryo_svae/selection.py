@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 
 from cryo_svae.config import option
 from cryo_svae.errors import InputError, OutputError
+from cryo_svae.formats.cs import is_cs, read_cs, write_cs
 from cryo_svae.formats.star import StarBlock, StarFile, read_star, write_star
 
 Reals = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
 PARTICLES = "particles.star"
+CS_PARTICLES = "particles.cs"
 LONGEST_EXPRESSION = 2000
 SHORT_NAMES = {
     "psi": ("svaeAnglePsi", "rlnAnglePsi"),
@@ -72,7 +74,10 @@ def select(job: Path, out: Path, config: SelectionConfig) -> tuple[int, int]:
     """Writes the particles of a job that a selection allows; how many they are, and of how many."""
     star, block = read_job_particles(job)
     rows = select_rows(block, config)
-    write_selection(star, block, out, rows)
+    if is_cs(out):
+        _write_cs_selection(job, block, out, rows)
+    else:
+        write_selection(star, block, out, rows)
     return len(rows), block.n_rows
 
 
@@ -127,6 +132,29 @@ def write_selection(star: StarFile, block: StarBlock, out: Path, rows: NDArray[n
     if out.exists() and out.samefile(star.path):
         raise OutputError(f"{out}: is the file selected from.\n  To mend: give --out another name.")
     write_star(out, star, block=block.name, columns={}, rows=rows)
+
+
+def _write_cs_selection(job: Path, block: StarBlock, out: Path, rows: NDArray[np.intp]) -> None:
+    """The same rows of the job's particles.cs, every field to the byte."""
+    path = job / CS_PARTICLES
+    if not path.is_file():
+        raise InputError(
+            "--out",
+            found=f"'{out}', but the job has no {CS_PARTICLES}",
+            expected="a .star file, for a job of a STAR file",
+            remedy="select to a .star file; cryo-svae convert makes a .cs file of it.",
+        )
+    if out.exists() and out.samefile(path):
+        raise OutputError(f"{out}: is the file selected from.\n  To mend: give --out another name.")
+    table = read_cs(path)
+    if len(table) != block.n_rows:
+        raise InputError(
+            path,
+            found=f"{len(table)} rows",
+            expected=f"{block.n_rows}, as in {PARTICLES}",
+            remedy="run cryo-svae estimate again.",
+        )
+    write_cs(out, table.take(rows).fields)
 
 
 def in_classes(block: StarBlock, text: str) -> Flags:

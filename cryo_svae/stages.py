@@ -33,7 +33,7 @@ from cryo_svae.formats.mrc import write_stack
 from cryo_svae.formats.star import write_tables
 from cryo_svae.images import ImageSource
 from cryo_svae.job import CHECKPOINT, Job, digest
-from cryo_svae.particles import ParticleSet, read_particles
+from cryo_svae.particles import ParticleSet, read_source
 from cryo_svae.preprocessing import Preparation
 from cryo_svae.report.page import write_report
 from cryo_svae.reporting import findings, gather
@@ -51,13 +51,14 @@ def describe(particles: ParticleSet) -> list[str]:
     sizes = sorted(set(np.round(particles.pixel_size_angst, 6).tolist()))
     lines = [
         f"particles     {len(particles):,} in {len(particles.stacks):,} stack(s)",
-        f"style         {'RELION 3.0, one block' if particles.is_relion30 else 'RELION 3.1 or later'}",
+        f"style         {_style(particles)}",
         f"optics        {len(particles.groups)} group(s): {', '.join(particles.groups[:8])}",
         f"box           {', '.join(map(str, boxes))} px",
         f"pixel size    {', '.join(f'{size:g}' for size in sizes)} Å",
     ]
     if particles.ctf is None:
-        return [*lines, "CTF           none in the file"]
+        where = "file" if particles.cs is None else "file (it may be in a --passthrough file)"
+        return [*lines, f"CTF           none in the {where}"]
     defocus = (particles.ctf.defocus_u_angst + particles.ctf.defocus_v_angst) / 2e4
     voltages = sorted(set(particles.ctf.voltage_kv.tolist()))
     return [
@@ -65,6 +66,13 @@ def describe(particles: ParticleSet) -> list[str]:
         f"CTF           defocus {defocus.min():.2f} to {defocus.max():.2f} µm, "
         f"{', '.join(f'{v:g}' for v in voltages)} kV",
     ]
+
+
+def _style(particles: ParticleSet) -> str:
+    if particles.cs is not None:
+        said = {None: "no blob/sign", True: "protein dark (blob/sign)", False: "protein white (blob/sign)"}
+        return f"CryoSPARC, {said[particles.is_dark]}"
+    return "RELION 3.0, one block" if particles.is_relion30 else "RELION 3.1 or later"
 
 
 def train(job: Job, particles: ParticleSet, plan: Plan) -> Checkpoint:
@@ -105,7 +113,7 @@ def check_contrast(images: ImageSource, preparation: Preparation) -> float:
     """Mean of the particles' middle over its standard error; warns where the protein seems dark."""
     score = contrast_score(images, preparation)
     if score < -CONTRAST_SIGNIFICANCE:
-        remedy = "leave --invert out" if preparation.invert else "add --invert"
+        remedy = "use --no-invert" if preparation.invert else "add --invert"
         log.warning("the protein seems dark (%.0f standard errors): %s if so", score, remedy)
     return score
 
@@ -156,6 +164,8 @@ def write_estimates(
     export.write_particles(
         job.path("particles.star"), particles, table, classes.class_number, settings["overwrite_pose"]
     )
+    if particles.cs is not None:
+        export.write_cs_particles(job.path("particles.cs"), particles, table, classes.class_number)
     star, block = read_job_particles(job.folder)
     write_class2d(
         job.path("Class2D"),
@@ -184,15 +194,16 @@ def write_record(job: Job, particles: ParticleSet, settings: Mapping[str, Any]) 
     star = particles.star.path
     stacks = {str(info.path): info.path.stat().st_size for info in particles.stacks[:1000]}
     inputs = {"star": str(star), "sha256": digest(star), "particles": len(particles), "stack_bytes": stacks}
+    if settings.get("passthrough"):
+        other = Path(settings["passthrough"])
+        inputs |= {"passthrough": str(other), "passthrough_sha256": digest(other)}
     job.write_record(inputs, settings["seed"], pick_device(settings["device"]))
 
 
 def load_particles(settings: Mapping[str, Any], source: str) -> ParticleSet:
     """The particle set that the settings name, described in the log."""
     of_source = config.build(SourceConfig, settings, source)
-    particles = read_particles(
-        Path(settings["particles"]), datadir=of_source.datadir, pixel_size_angst=of_source.pixel_size
-    )
+    particles = read_source(Path(settings["particles"]), of_source)
     for line in describe(particles):
         log.info(line)
     return particles

@@ -14,9 +14,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "cryo_svae"
 LAYERS = [
     {"errors"},
     {"config", "geometry", "formats"},
-    {"ctf", "polar"},
+    {"ctf", "polar", "interchange", "stacks"},
     {"particles", "models"},
-    {"images", "simulate"},
+    {"images", "simulate", "conversion"},
     {"preprocessing"},
     {"store", "checkpoint"},
     {"training", "estimation"},

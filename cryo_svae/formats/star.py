@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from itertools import chain, repeat
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -216,8 +217,11 @@ def read_star(path: Path) -> StarFile:
 
     Raises InputError with line and column where the file is not a STAR file or breaks its rules.
     """
-    path = Path(path)
-    text = _Text(path, data := _read_text(path), _line_starts(data))
+    return _parse(Path(path), _read_text(Path(path)))
+
+
+def _parse(path: Path, data: bytes) -> StarFile:
+    text = _Text(path, data, _line_starts(data))
     return StarFile(path, tuple(_Reader(text).blocks()), text)
 
 
@@ -774,11 +778,20 @@ def write_tables(
                 _encode(f"_{label:<36} {quote(value):>12}\n") for label, value in values.items()
             )
             file.write(b" \n")
-        for name, columns in tables.items():
-            file.write(_encode(f"\n# version 30001\n\ndata_{name}\n\nloop_ \n"))
-            file.writelines(_label_line(k, label) + b"\n" for k, label in enumerate(columns, start=1))
-            cells = map(_quoted, columns.values())
-            file.writelines(
-                b" ".join(c.rjust(12) for c in row) + b" \n" for row in zip(*cells, strict=True)
-            )
-            file.write(b" \n")
+        _write_tables(file, tables)
+
+
+def star_of_tables(path: Path, tables: Mapping[str, Mapping[str, Sequence[str]]]) -> StarFile:
+    """The STAR file that ``write_tables`` would write, in memory; ``path`` names its source in messages."""
+    file = BytesIO()
+    _write_tables(file, tables)
+    return _parse(path, file.getvalue())
+
+
+def _write_tables(file: BinaryIO, tables: Mapping[str, Mapping[str, Sequence[str]]]) -> None:
+    for name, columns in tables.items():
+        file.write(_encode(f"\n# version 30001\n\ndata_{name}\n\nloop_ \n"))
+        file.writelines(_label_line(k, label) + b"\n" for k, label in enumerate(columns, start=1))
+        cells = map(_quoted, columns.values())
+        file.writelines(b" ".join(c.rjust(12) for c in row) + b" \n" for row in zip(*cells, strict=True))
+        file.write(b" \n")

@@ -66,7 +66,7 @@ def wrong_contrast(score: float | None, inverted: bool) -> list[str]:
     """Particles darker than their background, where white ones are expected."""
     if score is None or score > -CONTRAST_SCORE:
         return []
-    remedy = "run again without --invert" if inverted else "run again with --invert"
+    remedy = "run again with --no-invert" if inverted else "run again with --invert"
     return [
         f"The contrast seems wrong: the middle of the particles is {-score:.0f} standard errors darker "
         f"than their background, and the model expects white particles. If the protein is dark, {remedy}."

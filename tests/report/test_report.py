@@ -147,7 +147,7 @@ def test_signal_contrast_ctf_images_and_classes():
     assert warnings.no_signal(ones, 0.2 * ones, np.full(100, 0.4)) == []
     assert warnings.wrong_contrast(None, False) == warnings.wrong_contrast(-3.0, False) == []
     assert "run again with --invert" in warnings.wrong_contrast(-20.0, False)[0]
-    assert "without --invert" in warnings.wrong_contrast(-20.0, True)[0]
+    assert "--no-invert" in warnings.wrong_contrast(-20.0, True)[0]
     assert warnings.ctf_missing(True, True) == []
     assert "--no-ctf" in warnings.ctf_missing(False, True)[0]
     assert "no CTF parameters" in warnings.ctf_missing(False, False)[0]
