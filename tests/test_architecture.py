@@ -21,7 +21,7 @@ LAYERS = [
     {"store", "checkpoint"},
     {"training", "estimation"},
     {"averages", "export", "job", "class_averages", "selection", "report"},
-    {"class2d"},
+    {"class2d", "logfile"},
     {"fitting"},
     {"api"},
     {"reporting"},
@@ -29,6 +29,7 @@ LAYERS = [
     {"stages"},
     {"inspection"},
     {"cli"},
+    {"relion_job"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
