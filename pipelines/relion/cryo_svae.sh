@@ -5,7 +5,7 @@ set -eu
 
 # A job that leaves no marker file runs for ever in RELION's eyes, so what fails before the program
 # starts leaves one too. RELION's first two arguments are: --o External/jobNNN/
-trap 'touch "${2%/}/RELION_JOB_EXIT_FAILURE"' EXIT
+if [ "${1-}" = --o ]; then trap 'touch "$2/RELION_JOB_EXIT_FAILURE"' EXIT; fi
 
 # ------------------------------------------------------------------------------------------------
 environment=${CRYO_SVAE_ENVIRONMENT:-/opt/cryo_svae/.venv}
