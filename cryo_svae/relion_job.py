@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cryo_svae import cli
+from cryo_svae import cli, config
 from cryo_svae.errors import CryoSvaeError, InputError
 
 SUCCESS, FAILURE, ABORTED = (f"RELION_JOB_EXIT_{how}" for how in ("SUCCESS", "FAILURE", "ABORTED"))
@@ -112,7 +112,13 @@ def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
 
 def _run(given: argparse.Namespace, parameters: Sequence[str]) -> None:
     """The run, begun or (where the folder holds a checkpoint) gone on with."""
+    import torch
+
+    from cryo_svae.job import CHECKPOINT
+    from cryo_svae.logfile import write_logfile
+
     folder = Path(given.o)
+    config.check(given.j is None or given.j >= 1, "j", given.j, "1 thread or more")
     for name in OTHER_INPUTS:
         if getattr(given, name) is not None:
             raise InputError(
@@ -132,16 +138,12 @@ def _run(given: argparse.Namespace, parameters: Sequence[str]) -> None:
     words = ["run", given.in_parts, *options, "--out", given.o]
     if "--overwrite" not in options:
         # Without a checkpoint there is only what a failed start left behind.
-        words.append("--resume" if (folder / "model.pt").exists() else "--overwrite")
+        words.append("--resume" if (folder / CHECKPOINT).exists() else "--overwrite")
     arguments = vars(cli.parser().parse_args(words))
     del arguments["command"]
 
-    import torch
-
-    from cryo_svae.logfile import write_logfile
-
     if given.j is not None:
-        torch.set_num_threads(max(1, given.j))
+        torch.set_num_threads(given.j)
 
     def abort_if_asked() -> None:
         if (folder / ABORT_NOW).exists():

@@ -113,11 +113,12 @@ def test_node_labels_are_those_of_the_relion_that_wrote_job_star(tmp_path):
         (["--in_parts", "particles.star", "--in_mics", "micrographs.star"], "--in_mics"),
         (["--in_parts", "particles.star", "--z_dim", "0"], "--z-dim"),
         (["--in_parts", "particles.star", "--zdim", "3"], "--zdim"),
+        (["--in_parts", "particles.star", "--j", "0"], "--j"),
         (["--in_parts", "particles.star", "--z_dim"], "--z-dim"),
     ],
 )
 def test_bad_input_is_a_failure_that_says_why(project, capsys, arguments, words):
-    assert main(["--o", JOB, *arguments, "--j", "1"]) == 2
+    assert main(["--o", JOB, "--j", "1", *arguments]) == 2
     said = capsys.readouterr().err
     assert words in said
     assert "Traceback" not in said
