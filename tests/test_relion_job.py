@@ -250,13 +250,14 @@ def test_a_launcher_that_cannot_start_is_a_failure(project, environment, monkeyp
     assert markers(project / JOB) == ["RELION_JOB_EXIT_FAILURE"]
 
 
-def test_external_then_select_then_class2d(relion, project, environment):
-    """RELION's pipeliner runs the launcher, and its own jobs on what it wrote."""
+@pytest.fixture
+def job(relion, project):
+    """Runs a job of RELION in a new project; returns what was said."""
     (project / "default_pipeline.star").write_text(PIPELINE)
     shutil.rmtree(project / "External")
     shutil.copy(LAUNCHER, project / "relion_cryo_svae.sh")  # its name makes RELION add --pipeline_control
 
-    def job(kind: str, options: str) -> str:
+    def run(kind: str, options: str, meanwhile=lambda folder: None) -> str:
         said = relion("relion_pipeliner", "--addJob", kind, "--addJobOptions", options, cwd=project)
         folder = sorted(project.glob(f"{kind}/job*"))[-1]
         # The pipeliner looks only every ten seconds whether a job is done: it need not be waited for.
@@ -265,21 +266,48 @@ def test_external_then_select_then_class2d(relion, project, environment):
             (project / f"{kind}.log").open("w") as log,
             subprocess.Popen(command, cwd=project, stdout=log, stderr=log) as pipeliner,
         ):
-            wait_until(lambda: pipeliner.poll() is not None or markers(folder))
+            meanwhile(folder)
+            wait_until(lambda: pipeliner.poll() is not None or list(folder.glob("RELION_JOB_EXIT_*")))
             pipeliner.terminate()
         said += relion("relion_pipeliner", "--check_job_completion", cwd=project)
         return said + (folder / "run.err").read_text()
 
+    return run
+
+
+def external(**changes: str) -> str:
+    """Options of an External job."""
+    parameters = {**PARAMETERS, "no_ctf": "", **changes}
     words = [
         f"param{k}_label == {name};param{k}_value == {value}"
-        for k, (name, value) in enumerate({**PARAMETERS, "no_ctf": ""}.items(), start=1)
+        for k, (name, value) in enumerate(parameters.items(), start=1)
     ]
-    said = job(
-        "External",
-        ";".join(
-            ["fn_exe == ./relion_cryo_svae.sh", "in_part == particles.star", "nr_threads == 1", *words]
-        ),
+    return ";".join(
+        ["fn_exe == ./relion_cryo_svae.sh", "in_part == particles.star", "nr_threads == 1", *words]
     )
+
+
+def statuses(project: Path) -> dict[str, int]:
+    """RELION's word on its jobs: 2 finished, 3 failed, 4 aborted."""
+    processes = read_star(project / "default_pipeline.star").block("pipeline_processes")
+    numbers = processes.integers("rlnPipeLineProcessStatus").tolist()
+    return dict(zip(processes.text("rlnPipeLineProcessName"), numbers, strict=True))
+
+
+def test_relion_knows_an_aborted_job_and_a_failed_one(project, environment, job):
+    def abort(folder: Path) -> None:
+        wait_until((folder / "model.pt").exists)
+        (folder / "RELION_JOB_ABORT_NOW").touch()
+
+    said = job("External", external(epochs="100000"), abort)
+    said += job("External", external(box="15"))
+    assert statuses(project) == {JOB: 4, "External/job002/": 3}, said
+    assert "To mend" in said
+
+
+def test_external_then_select_then_class2d(project, environment, job):
+    """RELION's pipeliner runs the launcher, and its own jobs on what it wrote."""
+    said = job("External", external())
     assert f"--pipeline_control {JOB}" in (project / JOB / "note.txt").read_text()
     said += job(
         "Select",
@@ -294,13 +322,7 @@ def test_external_then_select_then_class2d(relion, project, environment):
         "nr_threads == 1;psi_sampling == 30;offset_range == 2;do_ctf_correction == No",
     )
     pipeline = read_star(project / "default_pipeline.star")
-    processes = pipeline.block("pipeline_processes")
-    assert processes.text("rlnPipeLineProcessName") == [
-        JOB,
-        "Select/job002/",
-        "Class2D/job003/",
-    ]
-    assert processes.integers("rlnPipeLineProcessStatus").tolist() == [2, 2, 2], said
+    assert statuses(project) == {JOB: 2, "Select/job002/": 2, "Class2D/job003/": 2}, said
     nodes = pipeline.block("pipeline_nodes")
     kinds = dict(
         zip(nodes.text("rlnPipeLineNodeName"), nodes.integers("rlnPipeLineNodeType").tolist(), strict=True)
