@@ -23,18 +23,19 @@ from cryo_svae.errors import CryoSvaeError, InputError
 INTERRUPTED = 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Of the whole command line."""
     from cryo_svae.models import CONFIG_CLASSES
     from cryo_svae.selection import SelectionConfig
     from cryo_svae.simulate import SimulateConfig
 
-    parser = argparse.ArgumentParser(
+    top = argparse.ArgumentParser(
         prog="cryo-svae",
         description="Content, in-plane rotation and shift of cryo-EM particles by spatial variational "
         "autoencoders: RELION STAR or CryoSPARC .cs and MRC in, the same out.",
     )
-    parser.add_argument("--version", action="version", version=f"cryo_svae {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    top.add_argument("--version", action="version", version=f"cryo_svae {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, summary: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=summary, description=summary)
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     simulate.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write")
     simulate.add_argument("--overwrite", action="store_true", help="write over an earlier simulation")
     config.add_options(simulate, SimulateConfig)
-    return parser
+    return top
 
 
 def _add_particles(parser: argparse.ArgumentParser, optional: bool) -> None:
@@ -103,7 +104,10 @@ def _add_job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="remove the job's results first")
 
 
-def _run_job(arguments: dict[str, Any], stage_name: str) -> None:
+def run_job(
+    arguments: dict[str, Any], stage_name: str, before_batch: Callable[[], None] = lambda: None
+) -> None:
+    """Runs a stage on parsed arguments; what ``before_batch`` raises between batches ends it."""
     from cryo_svae import stages
     from cryo_svae.job import open_job, settings_to_resume
     from cryo_svae.models import CONFIG_CLASSES
@@ -127,6 +131,7 @@ def _run_job(arguments: dict[str, Any], stage_name: str) -> None:
                 remedy="see cryo-svae --help.",
             )
     job = open_job(out, overwrite=overwrite, resume=resume)
+    job.before_batch = before_batch
     if resume:
         arguments = settings_to_resume(job, arguments)
     classes = (SourceConfig, PreparationConfig, ModelConfig, TrainingConfig, ComputeConfig, OutputConfig)
@@ -193,9 +198,9 @@ def _interrupt(*_: object) -> None:
 
 
 COMMANDS: dict[str, Callable[[dict[str, Any]], None]] = {
-    "run": lambda arguments: _run_job(arguments, "run"),
-    "train": lambda arguments: _run_job(arguments, "train_only"),
-    "estimate": lambda arguments: _run_job(arguments, "estimate_only"),
+    "run": lambda arguments: run_job(arguments, "run"),
+    "train": lambda arguments: run_job(arguments, "train_only"),
+    "estimate": lambda arguments: run_job(arguments, "estimate_only"),
     "average": _average,
     "select": _select,
     "convert": _convert,
@@ -205,17 +210,21 @@ COMMANDS: dict[str, Callable[[dict[str, Any]], None]] = {
 }
 
 
+def message(error: CryoSvaeError | OSError) -> str:
+    """What the user reads of an error."""
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or error}"
+    return str(error)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; the exit code: 0 done, 2 bad input, 130 interrupted."""
-    arguments = vars(_parser().parse_args(argv))
+    arguments = vars(parser().parse_args(argv))
     command = arguments.pop("command")
     try:
         COMMANDS[command](arguments)
-    except CryoSvaeError as error:
-        print(f"cryo-svae: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"cryo-svae: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+    except (CryoSvaeError, OSError) as error:
+        print(f"cryo-svae: {message(error)}", file=sys.stderr)
         return CryoSvaeError.exit_code
     except KeyboardInterrupt:
         print("cryo-svae: interrupted; the same command with --resume goes on", file=sys.stderr)

@@ -132,10 +132,14 @@ def fit_checkpoint(
     plan: Plan,
     scratch: Path,
     on_epoch: Callable[[Checkpoint], None],
+    before_batch: Callable[[], None] = lambda: None,
 ) -> None:
-    """Trains a model from where its checkpoint stands; ``scratch`` takes what exceeds the memory."""
+    """Trains a model from where its checkpoint stands; ``scratch`` takes what exceeds the memory.
+
+    What ``before_batch`` raises ends reading and training.
+    """
     settings = plan.settings
-    source = ImageSource(particles)
+    source = ImageSource(particles, before_batch)
     store = build_store(checkpoint.engine, source, plan.preparation, settings["ctf"], scratch)
     report_unusable(particles, store)
     schedule = Schedule(
@@ -147,7 +151,7 @@ def fit_checkpoint(
         patience=settings["patience"],
         seed=settings["seed"],
     )
-    fit(checkpoint, store, schedule, pick_device(settings["device"]), on_epoch)
+    fit(checkpoint, store, schedule, pick_device(settings["device"]), on_epoch, before_batch)
 
 
 def average_classes(

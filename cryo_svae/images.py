@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,13 +12,18 @@ from cryo_svae.particles import ParticleSet
 
 
 class ImageSource:
-    """Images of a particle set; holds no image and no open file."""
+    """Images of a particle set; holds no image and no open file.
 
-    def __init__(self, particles: ParticleSet) -> None:
+    before_read: called before each read; what it raises ends the reading.
+    """
+
+    def __init__(self, particles: ParticleSet, before_read: Callable[[], None] = lambda: None) -> None:
         self.particles = particles
+        self._before_read = before_read
 
     def read(self, index: NDArray[np.intp]) -> NDArray[np.float32]:
         """Images (b, n, n) of particles ``index`` (b,), all of one box, in that order."""
+        self._before_read()
         particles = self.particles
         boxes = particles.box_px[index]
         if len(index) == 0 or np.any(boxes != boxes[0]):

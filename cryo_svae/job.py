@@ -9,7 +9,7 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ RESULT_PATTERNS = (
     "average_*.mrcs",
     "epochs.tsv",
     "report.html",
+    "logfile.pdf",
     "run.json",
     "run.log",
 )
@@ -67,10 +68,14 @@ class _Plain(logging.Formatter):
 
 
 class Job:
-    """A job folder in use."""
+    """A job folder in use.
+
+    before_batch: called before each batch of training and each read of images; what it raises ends the job.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.before_batch: Callable[[], None] = lambda: None
         self._warnings = _Memory()
         self._began = time.time()
         self._timings: dict[str, float] = {}

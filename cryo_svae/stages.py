@@ -105,7 +105,7 @@ def train(job: Job, particles: ParticleSet, plan: Plan) -> Checkpoint:
             )
 
     with job.timed("training"):
-        fit_checkpoint(checkpoint, particles, plan, job.folder, on_epoch)
+        fit_checkpoint(checkpoint, particles, plan, job.folder, on_epoch, job.before_batch)
     return checkpoint
 
 
@@ -134,7 +134,7 @@ def write_estimates(
 ) -> EstimateTable:
     """Estimates every particle; writes particles.star, stacks, classes and latents.h5."""
     device = pick_device(settings["device"])
-    source = ImageSource(particles)
+    source = ImageSource(particles, job.before_batch)
     with job.timed("estimation"):
         table = estimate(checkpoint, source, device)
     n_classes = settings["classes"] or averages.default_classes(len(particles))

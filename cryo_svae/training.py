@@ -72,9 +72,11 @@ def fit(
     schedule: Schedule,
     device: torch.device,
     on_epoch: Callable[[Checkpoint], None],
+    before_batch: Callable[[], None] = lambda: None,
 ) -> None:
     """Trains ``checkpoint.engine`` from where its checkpoint stands; calls ``on_epoch`` after each epoch.
 
+    What ``before_batch`` raises ends training, to be resumed from the last epoch's checkpoint.
     Raises TrainingError on a loss that is not a number.
     """
     engine = checkpoint.engine.to(device)
@@ -104,6 +106,7 @@ def fit(
             leave=False,
         )
         for number, batch in enumerate(batches):
+            before_batch()
             step = epoch * steps_an_epoch + number
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, schedule.epochs * steps_an_epoch, schedule)

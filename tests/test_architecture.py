@@ -21,7 +21,7 @@ LAYERS = [
     {"store", "checkpoint"},
     {"training", "estimation"},
     {"averages", "class_averages", "export", "job", "latent", "montage", "report", "selection"},
-    {"class2d"},
+    {"class2d", "logfile"},
     {"fitting"},
     {"api"},
     {"reporting"},
@@ -29,6 +29,7 @@ LAYERS = [
     {"stages"},
     {"inspection"},
     {"cli"},
+    {"relion_job"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

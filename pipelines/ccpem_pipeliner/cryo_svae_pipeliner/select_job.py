@@ -1,0 +1,104 @@
+"""The job that runs ``cryo-svae select``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeliner.display_tools import create_results_display_object
+from pipeliner.job_options import (
+    EXT_STARFILE,
+    BooleanJobOption,
+    FileDescription,
+    InputNodeJobOption,
+    JobOptionValidationResult,
+    StringJobOption,
+)
+from pipeliner.nodes import NODE_PARTICLEGROUPMETADATA
+from pipeliner.pipeliner_job import PipelinerCommand, PipelinerJob
+from pipeliner.results_display_objects import ResultsDisplayObject
+
+from cryo_svae_pipeliner.shared import Particles, describe, particle_plots
+
+CONDITIONS = ("classes", "where", "top")
+
+
+class CryoSvaeSelect(PipelinerJob):
+    """Takes a part of a job's particles, by class, by a condition, or the best of them."""
+
+    PROCESS_NAME = "cryosvae.select.particles"
+    OUT_DIR = "Select"
+    CATEGORY_LABEL = "Subset Selection"
+
+    def __init__(self) -> None:
+        super().__init__()
+        describe(
+            self.jobinfo,
+            "Particles by latent content, class or merit",
+            "Select particles of a cryo_svae job",
+            "Writes those particles that every condition given allows, every column kept to the letter.",
+        )
+        self.joboptions["fn_parts"] = InputNodeJobOption(
+            label="Particles of a cryo_svae job:",
+            node_type=NODE_PARTICLEGROUPMETADATA,
+            node_kwds=["cryosvae"],
+            pattern=FileDescription("particles.star of a cryo_svae job", EXT_STARFILE),
+            help_text="particles.star of a cryo_svae run, or of an earlier selection.",
+            is_required=True,
+        )
+        self.joboptions["classes"] = StringJobOption(label="Classes:", help_text="E.g. 1,4-7.")
+        self.joboptions["where"] = StringJobOption(
+            label="Condition:",
+            help_text="E.g. figure_of_merit > 0.4 and z1 > 0. Any numeric column by its label, or z1, z2, "
+            "…, psi, psi_std (degrees), x, y (origin, Å), class_number, figure_of_merit, log_likelihood, "
+            "defocus (Å); with + - * / abs() and or not < <= == != >= >.",
+        )
+        self.joboptions["top"] = StringJobOption(
+            label="Best of them:", help_text="By figure of merit, e.g. 50%; of what the others allow."
+        )
+        self.joboptions["invert"] = BooleanJobOption(
+            label="Take all the others instead?", default_value=False, help_text="The complement."
+        )
+        self.get_runtab_options()
+
+    def additional_joboption_validation(self) -> list[JobOptionValidationResult]:
+        """At least one condition; a file of the name that cryo-svae looks for."""
+        errors = []
+        if not any(self.joboptions[name].value for name in CONDITIONS):
+            message = "Give classes, a condition, or how many of the best."
+            raised_by = [self.joboptions[name] for name in CONDITIONS]
+            errors.append(JobOptionValidationResult("error", raised_by, message))
+        given = self.joboptions["fn_parts"]
+        if given.value and Path(given.value).name != "particles.star":
+            message = f"found {given.value}, expected the particles.star of a cryo_svae job"
+            errors.append(JobOptionValidationResult("error", [given], message))
+        return errors
+
+    def create_output_nodes(self) -> None:
+        """The particles selected."""
+        self.add_output_node("particles.star", NODE_PARTICLEGROUPMETADATA, ["relion", "cryosvae"])
+
+    def get_commands(self) -> list[PipelinerCommand]:
+        """One selection."""
+        folder = Path(self.joboptions["fn_parts"].get_string()).parent
+        out = Path(self.output_dir) / "particles.star"
+        command = ["cryo-svae", "select", str(folder), "--out", str(out)]
+        for name in CONDITIONS:
+            if self.joboptions[name].value:
+                command.append(f"--{name}={self.joboptions[name].get_string()}")
+        if self.joboptions["invert"].get_boolean():
+            command.append("--invert")
+        return [PipelinerCommand(command)]
+
+    def create_results_display(self) -> Sequence[ResultsDisplayObject]:
+        """How many were taken, and plots of them."""
+        selected = Path(self.output_dir) / "particles.star"
+        source = self.joboptions["fn_parts"].get_string()
+        kept, total = (len(Particles(Path(star))) for star in (selected, source))
+        counts = create_results_display_object(
+            "text",
+            title="Selected",
+            display_data=f"{kept:,} of {total:,} particles of {source}",
+            associated_data=[str(selected)],
+        )
+        return [counts, *particle_plots(selected)]
