@@ -72,6 +72,8 @@ class SteerableEngine(Engine):
     shift_variance: of each component of the origin, px².
     signal_energy:  running average of <h² c / sigma², c>, the log evidence scale of a particle.
     origin_px:      current origin of each training particle (n, 2).
+    level:          coefficients of the soft disc itself (2, p).
+    noise_dof:      how many independent numbers white noise has on each ring (r,), the level taken off.
     known_z:        contents of some training particles (k, d), seen last.
     """
 
@@ -80,6 +82,8 @@ class SteerableEngine(Engine):
     )
     largest_box_px: ClassVar[int] = 128
 
+    level: Tensor
+    noise_dof: Tensor
     n_rings: Tensor
     noise_variance: Tensor
     shift_variance: Tensor
@@ -95,6 +99,10 @@ class SteerableEngine(Engine):
         self.mask_radius_px = min(config.mask_radius_px, box_px / 2)
         self.full = PolarTransform(box_px, self.mask_radius_px, config.max_shift_px)
         self.polar = self.full
+        self.register_buffer("level", self.full(torch.ones(1, box_px, box_px))[0], persistent=False)
+        taken = torch.zeros(self.full.n_rings).index_add_(0, self.full.ring, self.level.square().sum(0))
+        left = self.full.noise_dof - taken / taken.sum()
+        self.register_buffer("noise_dof", torch.maximum(left, 0.1 * self.full.noise_dof), persistent=False)
         self.encoder = InvariantEncoder(self.full, z_dim)
         self.generator = PolarGenerator(self.full, z_dim)
         std = config.max_shift_px / 2 if config.shift_std_px is None else config.shift_std_px
@@ -114,8 +122,14 @@ class SteerableEngine(Engine):
         self._look_as_far_as(int(self.n_rings))
 
     def represent(self, images: Float[Tensor, "b n n"]) -> Float[Tensor, "b 2 p"]:
-        """Packed angular coefficients of prepared images."""
-        return self.full.forward(images)
+        """Packed angular coefficients of prepared images, without their level inside the soft disc.
+
+        The level that the preparation takes for background is known from few pixels, and its error
+        fills the whole disc: left in, it is the strongest variation of many sets, and takes a component of z.
+        """
+        whole, level = self.full.forward(images), self.level
+        excess = torch.einsum("bcp,cp->b", whole, level) / level.square().sum()
+        return whole - excess[:, None, None] * level
 
     def start(self, batches: Iterator[Batch], n_particles: int) -> None:
         """Noise from the rings' power, scale and mean of the generator from the data, all origins 0."""
@@ -129,7 +143,7 @@ class SteerableEngine(Engine):
             passed += ctf.square().sum(0)
             total += (image * ctf[:, None, ring]).sum(0)
             n += len(batch)
-        self.noise_variance.copy_((power / (n * polar.noise_dof)).clamp(min=1e-6))
+        self.noise_variance.copy_((power / (n * self.noise_dof)).clamp(min=1e-6))
         # Before its CTF, content is as much larger as the CTF is small.
         passed = passed.clamp(min=LEAST_CTF_POWER * n)
         unturned = (polar.order == 0).float()
@@ -239,8 +253,11 @@ class SteerableEngine(Engine):
             return better - mean
 
     def decode(self, z: Float[Tensor, "k d"]) -> Float[Tensor, "k n n"]:
-        """Generated images at pose zero, CTF-free, white particle, inside the soft disc."""
-        return self.polar.image(self.generator(z))
+        """Generated images at pose zero, CTF-free, white particle, inside the soft disc; 0 at its rim."""
+        images, mask = self.polar.image(self.generator(z)), self.full.mask
+        rim = ((mask > 0.5) & (mask < 1.0)).float()
+        level = (images * rim).sum((1, 2)) / (mask * rim).sum()
+        return images - level[:, None, None] * mask
 
     # -- what a batch looks like -------------------------------------------------------------
 
@@ -333,7 +350,7 @@ class SteerableEngine(Engine):
         """Log likelihood of each image as noise alone, nats."""
         variance = self.noise_variance
         whitened = batch.image.float().square() / variance[self.full.ring]
-        constant = (self.full.noise_dof * torch.log(2.0 * math.pi * variance)).sum()
+        constant = (self.noise_dof * torch.log(2.0 * math.pi * variance)).sum()
         return -0.5 * whitened.sum((1, 2)) - 0.5 * constant
 
     # -- what is learned without gradients ---------------------------------------------------
@@ -348,9 +365,11 @@ class SteerableEngine(Engine):
         """Running averages: residual power of each ring, origin variance, energy of a particle."""
         explained = (2.0 * pose.aligned - pose.filtered) * content
         residual = self._seen(batch).square() - explained * self.noise[self.polar.ring]
-        power = self._by_ring(residual.sum((0, 1))) / (len(batch) * self.polar.noise_dof)
+        power = self._by_ring(residual.sum((0, 1))) / (len(batch) * self.noise_dof[: self.polar.n_rings])
         self.noise.lerp_(power.clamp(min=1e-6), 1.0 - MEMORY)
-        signal = self._by_ring(content.square().sum((0, 1))) / (len(batch) * self.polar.noise_dof)
+        signal = self._by_ring(content.square().sum((0, 1))) / (
+            len(batch) * self.noise_dof[: self.polar.n_rings]
+        )
         self.signal_power[: self.polar.n_rings].lerp_(signal, 1.0 - MEMORY)
         self.signal_energy.lerp_((pose.filtered * content).sum((1, 2)).mean(), 1.0 - MEMORY)
         if self.shifts and self.config.shift_std_px is None:
