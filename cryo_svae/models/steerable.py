@@ -125,7 +125,7 @@ class SteerableEngine(Engine):
         """Packed angular coefficients of prepared images, without their level inside the soft disc.
 
         The level that the preparation takes for background is known from few pixels, and its error
-        fills the whole disc: left in, it is the strongest variation of many sets, and takes a component of z.
+        fills the whole disc: left in, it is the strongest variation of many sets, and z is spent on it.
         """
         whole, level = self.full.forward(images), self.level
         excess = torch.einsum("bcp,cp->b", whole, level) / level.square().sum()
