@@ -85,7 +85,7 @@ def fit(
         seed_everything(schedule.seed, -1)
         engine.start((b.to(device) for b in store.batches(train, schedule.batch_size)), len(store))
         on_epoch(checkpoint)
-    optimizer = torch.optim.Adam(engine.parameters(), lr=schedule.learning_rate)
+    optimizer = torch.optim.Adam(engine.parameters(), lr=schedule.learning_rate, fused=True)
     if checkpoint.optimizer is not None:
         optimizer.load_state_dict(checkpoint.optimizer)
     steps_an_epoch = math.ceil(len(train) / schedule.batch_size)
