@@ -104,12 +104,14 @@ def _add_job_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_job(arguments: dict[str, Any], stage_name: str) -> None:
-    from cryo_svae import stages
+    from cryo_svae import distributed, stages
     from cryo_svae.job import open_job, settings_to_resume
     from cryo_svae.models import CONFIG_CLASSES
 
     out, source = arguments.pop("out"), "the command line"
     overwrite, resume = arguments.pop("overwrite"), arguments.pop("resume")
+    if distributed.restarted():  # as the job was begun before, and not with --overwrite again
+        overwrite, resume = False, True
     config_path = arguments.pop("config")
     if arguments["particles"] is None:  # it may be in --config, or in the job to resume
         del arguments["particles"]
@@ -126,14 +128,16 @@ def _run_job(arguments: dict[str, Any], stage_name: str) -> None:
                 else "--model MODEL.pt",
                 remedy="see cryo-svae --help.",
             )
-    job = open_job(out, overwrite=overwrite, resume=resume)
-    if resume:
-        arguments = settings_to_resume(job, arguments)
     classes = (SourceConfig, PreparationConfig, ModelConfig, TrainingConfig, ComputeConfig, OutputConfig)
-    plain = {name: value for name, value in arguments.items() if name not in ("particles", "model")}
-    config.refuse_unknown(plain, (*classes, *CONFIG_CLASSES), source)
-    with job.logging():
-        getattr(stages, stage_name)(job, arguments, source)
+    with distributed.processes():
+        with distributed.first_goes_first():
+            job = open_job(out, overwrite=overwrite, resume=resume or distributed.rank() > 0)
+            if resume:
+                arguments = settings_to_resume(job, arguments)
+        plain = {name: value for name, value in arguments.items() if name not in ("particles", "model")}
+        config.refuse_unknown(plain, (*classes, *CONFIG_CLASSES), source)
+        with job.logging():
+            getattr(stages, stage_name)(job, arguments, source)
 
 
 def _inspect(arguments: dict[str, Any]) -> None:
