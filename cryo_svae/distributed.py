@@ -166,15 +166,20 @@ class Share:
 
 
 class _Bound(nn.Module):
-    """An engine's bound as a forward pass, which is what DistributedDataParallel wraps."""
+    """An engine's bound as the forward pass that DistributedDataParallel wraps.
+
+    It owns the parameters alone: buffers are running averages, the same in every rank, and tables, each
+    rank's own.
+    """
 
     def __init__(self, engine: Any) -> None:
         super().__init__()
-        self.engine = engine
+        self.learned = nn.ParameterList(engine.parameters())
+        self.elbo = engine.elbo
 
     def forward(self, batch: Any) -> Any:
         """``engine.elbo``."""
-        return self.engine.elbo(batch)
+        return self.elbo(batch)
 
 
 def bound(engine: Any) -> Callable[[Any], Any]:
@@ -182,9 +187,4 @@ def bound(engine: Any) -> Callable[[Any], Any]:
     if _place.world == 1:
         elbo: Callable[[Any], Any] = engine.elbo
         return elbo
-    return DistributedDataParallel(
-        _Bound(engine),
-        init_sync=False,  # the ranks began with the same seed or checkpoint
-        broadcast_buffers=False,  # running averages are the same, tables are each rank's own
-        find_unused_parameters=engine.may_idle,
-    )
+    return DistributedDataParallel(_Bound(engine), find_unused_parameters=engine.may_idle)
