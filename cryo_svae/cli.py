@@ -110,8 +110,6 @@ def _run_job(arguments: dict[str, Any], stage_name: str) -> None:
 
     out, source = arguments.pop("out"), "the command line"
     overwrite, resume = arguments.pop("overwrite"), arguments.pop("resume")
-    if distributed.restarted():  # as the job was begun before, and not with --overwrite again
-        overwrite, resume = False, True
     config_path = arguments.pop("config")
     if arguments["particles"] is None:  # it may be in --config, or in the job to resume
         del arguments["particles"]
@@ -130,8 +128,11 @@ def _run_job(arguments: dict[str, Any], stage_name: str) -> None:
             )
     classes = (SourceConfig, PreparationConfig, ModelConfig, TrainingConfig, ComputeConfig, OutputConfig)
     with distributed.processes():
+        if distributed.restarted():  # with the same arguments, but not to start anew
+            overwrite, resume = False, True
         with distributed.first_goes_first():
-            job = open_job(out, overwrite=overwrite, resume=resume or distributed.rank() > 0)
+            first = distributed.rank() == 0  # the others find the folder as it left it
+            job = open_job(out, overwrite=overwrite and first, resume=resume or not first)
             if resume:
                 arguments = settings_to_resume(job, arguments)
         plain = {name: value for name, value in arguments.items() if name not in ("particles", "model")}

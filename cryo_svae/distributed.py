@@ -21,6 +21,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cryo_svae.errors import ProcessError
+
 _BITS = {8: torch.int64, 4: torch.int32, 1: torch.uint8}
 
 
@@ -31,6 +33,7 @@ class _Place:
     rank: int = 0
     world: int = 1
     n_started: int = 1
+    restarted: bool = False
     stop_asked: bool = False
 
 
@@ -53,8 +56,8 @@ def n_started() -> int:
 
 
 def restarted() -> bool:
-    """Whether torchrun started this process again after one was lost."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    """Whether torchrun started the processes again, after one was lost."""
+    return _place.restarted
 
 
 @contextmanager
@@ -72,21 +75,36 @@ def processes() -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     _place.rank, _place.world = dist.get_rank(), dist.get_world_size()
     _place.n_started = _place.world
+    # Each node counts its own restarts.
+    (restarts,) = totals(torch.tensor(int(os.environ["TORCHELASTIC_RESTART_COUNT"])))
+    _place.restarted = bool(restarts > 0)
     before = {number: signal.signal(number, _ask_stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
-    except Exception as error:  # of a collective whose other end was told to stop first
+        part()
+    except RuntimeError as error:
         if _place.stop_asked:
             raise KeyboardInterrupt from error
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise ProcessError(
+                f"process {rank()} of {n_started()}: another process ended.\n"
+                "  To mend: see what that one said; with --resume the job goes on from its last checkpoint."
+            ) from error
         raise
     finally:
-        part()
+        _leave()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def part() -> None:
     """Ends the common work, at the same place in every rank; rank 0 goes on alone."""
+    if _place.world > 1:
+        dist.barrier()  # a rank that leaves closes the connections that others' last sum still needs
+    _leave()
+
+
+def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     _place.world = 1
