@@ -83,7 +83,7 @@ def estimate(
     parts: list[Posterior] = []
     own = np.arange(n_particles)[distributed.block(n_particles, CHUNK)]
     rows = [own[:0]]
-    chunks = prepared_images(source, own, checkpoint.preparation)
+    chunks = prepared_images(source, own, checkpoint.preparation, CHUNK)
     hidden = not sys.stderr.isatty() or distributed.rank() > 0
     progress = tqdm(total=len(own), desc="estimate", disable=hidden, leave=False)
     with torch.no_grad(), progress:

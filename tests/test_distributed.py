@@ -86,7 +86,7 @@ def assert_same_training(path: Path, expected: Path) -> None:
     for name, values in ours.engine.state_dict().items():
         if name != NOT_LEARNED:
             there = expected_state[name].double()
-            assert float((values - there).norm()) <= 1e-3 * float(there.norm()), name
+            assert float((values - there).norm()) <= 1e-2 * float(there.norm()), name
 
 
 @pytest.mark.parametrize("n", [2, 4])
