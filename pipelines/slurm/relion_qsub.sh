@@ -13,7 +13,15 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@120
 # TERM reaches this script 120 s before the time limit and is handed on; "Continue!" goes on from there.
-XXXcommandXXX &
+set -m # the command gets a process group, to be signalled as a whole
+
+run() {
+# RELION leaves nothing else on the command's line.
+XXXcommandXXX
+}
+
+run &
 job=$!
-trap 'kill -TERM "$job"' TERM
-wait "$job" || wait "$job" # the first wait ends with the signal
+trap 'kill -TERM -- "-$job"' TERM
+wait "$job"
+wait "$job" # the first wait ends with the signal
