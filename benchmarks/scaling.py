@@ -1,86 +1,104 @@
-"""Compute of a training step and bytes that a process sends in it, as docs/scaling.md quotes them.
+"""Cost against the number of particles and the box: seconds an epoch, images/s, peak memory; a plot.
 
-python -m benchmarks.scaling --batch 64                                # one process
-python -m torch.distributed.run --standalone --nproc-per-node 2 -m benchmarks.scaling
+    python -m benchmarks.scaling
 
-Compute is the processor's time, of one thread. Bytes are those that Linux counts on the loopback
-interface, so nothing else should use it meanwhile.
+Each point runs in a process of its own, so that its peak memory is its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
-from pathlib import Path
+import json
+import resource
+import subprocess
+import sys
 
-import numpy as np
 import torch
 
-from cryo_svae import distributed
-from cryo_svae.checkpoint import Checkpoint
-from cryo_svae.models.steerable import SteerableConfig, SteerableEngine
-from cryo_svae.preprocessing import Preparation
-from cryo_svae.store import TrainingStore
-from cryo_svae.training import Schedule, fit
+from benchmarks import trials
+from cryo_svae.simulate import SimulateConfig, simulate
 
-SENT = Path("/sys/class/net/lo/statistics/tx_bytes")
-Z_DIM = 8
+PARTICLES = [5_000, 10_000, 20_000, 50_000, 100_000]
+BOXES = [32, 40, 64, 96, 128, 192, 256]
 
 
-def measure(box_px: int, batch_size: int, n_steps: int) -> str:
-    """A row: compute and bytes of a rank, from the second epoch of a training on noise."""
-    torch.manual_seed(0)
-    engine = SteerableEngine(box_px, Z_DIM, SteerableConfig(max_shift_px=4.0))
-    n_particles = batch_size * n_steps
-    own = distributed.block(n_particles)
-    images = torch.cat(
-        [engine.represent(torch.randn(1, box_px, box_px)) for _ in range(own.start, own.stop)]
+def point(engine: str, n_particles: int, box: int, epochs: int) -> dict[str, float]:
+    """One measurement, in this process."""
+    base = simulate(SimulateConfig(n_particles=min(n_particles, 2000), box=box, snr=0.1, shift_std_px=1.0))
+    repeats = -(-n_particles // len(base.images))
+    index = torch.arange(len(base.images)).repeat(repeats)[:n_particles]
+    simulated = type(base)(
+        images=base.images[index],
+        pixel_size_angst=base.pixel_size_angst,
+        conformation=base.conformation[index],
+        psi_rad=base.psi_rad[index],
+        origin_px=base.origin_px[index],
+        view_rad=None,
+        is_junk=base.is_junk[index],
+        noise_std=base.noise_std,
+        ctf=None,
     )
-    store = TrainingStore(images, None, np.arange(n_particles), own.start)
-    preparation = Preparation(
-        box_px=box_px, pixel_size_angst=2.0, mask_diameter_angst=1.9 * box_px, invert=False
-    )
-    checkpoint = Checkpoint("steerable", engine, preparation, False, None, 0, [])
-    seen: list[tuple[int, float]] = []
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    trial = trials.run_trial(simulated, engine, 2, 0, epochs=epochs)
+    return {
+        "epoch_s": trial.seconds / epochs,
+        "rate": trial.images_per_second,
+        "infer_rate": trial.infer_images_per_second,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "images_gb": before,
+    }
 
-    def look(_: Checkpoint) -> None:
-        seen.append((int(SENT.read_text()), time.process_time()))
 
-    schedule = Schedule(
-        epochs=2,
-        batch_size=batch_size,
-        learning_rate=1e-4,
-        one_cycle=True,
-        held_out=0.0,
-        patience=None,
-        seed=0,
-    )
-    fit(checkpoint, store, schedule, torch.device("cpu"), look)
-    parameters = 4e-6 * sum(p.numel() for p in engine.parameters())
-    sent, seconds = ((after - before) / n_steps for before, after in zip(seen[1], seen[2], strict=True))
-    return (
-        f"| {box_px} | {distributed.world()} | {batch_size} | {batch_size / distributed.world():g} "
-        f"| {1e3 * seconds:.0f} | {parameters:.2f} | {1e-6 * sent / distributed.world():.2f} |"
-    )
+def measure(engine: str, n_particles: int, box: int, epochs: int) -> dict[str, float]:
+    """One measurement, in a process of its own."""
+    where = [engine, str(n_particles), str(box), str(epochs)]
+    command = [sys.executable, "-m", "benchmarks.scaling", "--point", *where]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--boxes", type=int, nargs="+", default=[64, 128], help="sides of the images in px")
-    parser.add_argument("--batch", type=int, default=128, help="particles in a step, of all processes")
-    parser.add_argument("--steps", type=int, default=8, help="steps that are timed")
+    """Prints two tables and draws them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--point", nargs=4)
+    parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    with distributed.processes():
-        if distributed.rank() == 0:
-            print("| box, px | processes | batch | of a rank | ms a step | gradients, MB | sent, MB |")
-            print("|---|---|---|---|---|---|---|")
-        for box_px in arguments.boxes:
-            row = measure(box_px, arguments.batch, arguments.steps)
-            if distributed.rank() == 0:
-                print(row, flush=True)
+    if arguments.point:
+        engine, n_particles, box, epochs = arguments.point
+        print(json.dumps(point(engine, int(n_particles), int(box), int(epochs))))
+        return
+    particles, boxes = (PARTICLES[:2], BOXES[:3]) if arguments.quick else (PARTICLES, BOXES)
+    lines = [f"{'what':22s} s/epoch  img/s train  img/s infer  peak GB"]
+    by_n = [measure("steerable", n, 40, 1) for n in particles]
+    by_box = [measure("steerable", 2000, box, 1) for box in boxes]
+    lines += [_line(f"{n:,} x 40 px", row) for n, row in zip(particles, by_n, strict=True)]
+    lines += [_line(f"2,000 x {box} px", row) for box, row in zip(boxes, by_box, strict=True)]
+    for box in (40, 64):
+        paper, ours = measure("coordinate", 400, box, 1), measure("steerable", 8000, box, 1)
+        lines += [_line(f"coordinate, {box} px", paper), _line(f"steerable, {box} px", ours)]
+        lines.append(f"steerable over coordinate, {box} px: {ours['rate'] / paper['rate']:.0f} x")
+    trials.report("scaling", lines)
+    _draw(particles, by_n, boxes, by_box)
+
+
+def _line(name: str, row: dict[str, float]) -> str:
+    seconds, rate, infer, peak = (row[key] for key in ("epoch_s", "rate", "infer_rate", "peak_gb"))
+    return f"{name:22s} {seconds:7.2f} {rate:12.0f} {infer:12.0f} {peak:8.2f}"
+
+
+def _draw(particles, by_n, boxes, by_box) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.loglog(particles, [row["epoch_s"] for row in by_n], "o-")
+    left.set(xlabel="particles of 40 px", ylabel="seconds an epoch")
+    right.loglog(boxes, [row["rate"] for row in by_box], "o-")
+    right.set(xlabel="box / px", ylabel="images/s in training")
+    for axis in (left, right):
+        axis.grid(alpha=0.3, which="both")
+    trials.RESULTS.mkdir(exist_ok=True)
+    figure.savefig(trials.RESULTS / "scaling.png", dpi=130)
 
 
 if __name__ == "__main__":
