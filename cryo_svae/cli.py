@@ -108,7 +108,7 @@ def run_job(
     arguments: dict[str, Any], stage_name: str, before_batch: Callable[[], None] = lambda: None
 ) -> None:
     """Runs a stage on parsed arguments; what ``before_batch`` raises between batches ends it."""
-    from cryo_svae import stages
+    from cryo_svae import distributed, stages
     from cryo_svae.job import open_job, settings_to_resume
     from cryo_svae.models import CONFIG_CLASSES
 
@@ -130,15 +130,20 @@ def run_job(
                 else "--model MODEL.pt",
                 remedy="see cryo-svae --help.",
             )
-    job = open_job(out, overwrite=overwrite, resume=resume)
-    job.before_batch = before_batch
-    if resume:
-        arguments = settings_to_resume(job, arguments)
     classes = (SourceConfig, PreparationConfig, ModelConfig, TrainingConfig, ComputeConfig, OutputConfig)
-    plain = {name: value for name, value in arguments.items() if name not in ("particles", "model")}
-    config.refuse_unknown(plain, (*classes, *CONFIG_CLASSES), source)
-    with job.logging():
-        getattr(stages, stage_name)(job, arguments, source)
+    with distributed.processes():
+        if distributed.restarted():  # with the same arguments, but not to start anew
+            overwrite, resume = False, True
+        with distributed.first_goes_first():
+            first = distributed.rank() == 0  # the others find the folder as it left it
+            job = open_job(out, overwrite=overwrite and first, resume=resume or not first)
+            job.before_batch = before_batch
+            if resume:
+                arguments = settings_to_resume(job, arguments)
+        plain = {name: value for name, value in arguments.items() if name not in ("particles", "model")}
+        config.refuse_unknown(plain, (*classes, *CONFIG_CLASSES), source)
+        with job.logging():
+            getattr(stages, stage_name)(job, arguments, source)
 
 
 def _inspect(arguments: dict[str, Any]) -> None:

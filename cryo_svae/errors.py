@@ -52,3 +52,7 @@ class OutputError(CryoSvaeError):
 
 class TrainingError(CryoSvaeError):
     """Training cannot go on (no usable particle, a loss that is not a number)."""
+
+
+class ProcessError(CryoSvaeError):
+    """One of several processes at a job was lost."""

@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cryo_svae import geometry
+from cryo_svae import distributed, geometry
 from cryo_svae.checkpoint import Checkpoint
 from cryo_svae.images import ImageSource
 from cryo_svae.models.engine import Batch, Posterior
-from cryo_svae.preprocessing import prepared_images, working_ctf
+from cryo_svae.preprocessing import CHUNK, prepared_images, working_ctf
 
 Reals = NDArray[np.float64]
 
@@ -71,16 +71,21 @@ def to_table(
 def estimate(
     checkpoint: Checkpoint, source: ImageSource, device: torch.device, batch_size: int = 256
 ) -> EstimateTable:
-    """Posteriors of all particles of a source, read once in order; memory does not grow with images."""
+    """Posteriors of all particles of a source, read once in order; memory does not grow with images.
+
+    Several processes estimate a block of chunks each, and all get the whole table.
+    """
     engine = checkpoint.engine.to(device).eval()
     n_particles = len(source.particles)
     ctf = None
     if checkpoint.use_ctf and source.particles.ctf is not None:
         ctf = working_ctf(source.particles.ctf, checkpoint.preparation)
     parts: list[Posterior] = []
-    rows: list[NDArray[np.intp]] = []
-    chunks = prepared_images(source, np.arange(n_particles), checkpoint.preparation)
-    progress = tqdm(total=n_particles, desc="estimate", disable=not sys.stderr.isatty(), leave=False)
+    own = np.arange(n_particles)[distributed.block(n_particles, CHUNK)]
+    rows = [own[:0]]
+    chunks = prepared_images(source, own, checkpoint.preparation, CHUNK)
+    hidden = not sys.stderr.isatty() or distributed.rank() > 0
+    progress = tqdm(total=len(own), desc="estimate", disable=hidden, leave=False)
     with torch.no_grad(), progress:
         for index, images, usable in chunks:
             kept = index[usable.numpy()]
@@ -93,7 +98,12 @@ def estimate(
             rows.append(kept)
             progress.update(len(index))
     posterior = Posterior.cat(parts) if parts else _nothing(engine.z_dim)
-    return to_table(posterior, np.concatenate(rows), n_particles, checkpoint.preparation.pixel_size_angst)
+    pixel_size_angst = checkpoint.preparation.pixel_size_angst
+    table = to_table(posterior, np.concatenate(rows), n_particles, pixel_size_angst)
+    for field in fields(table):
+        values = torch.from_numpy(getattr(table, field.name))
+        distributed.unite(values, distributed.block(n_particles, CHUNK))
+    return table
 
 
 def _nothing(z_dim: int) -> Posterior:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import cryo_svae
+from cryo_svae import distributed
 from cryo_svae.config import read_yaml, write_yaml
 from cryo_svae.errors import InputError, OutputError
 from cryo_svae.formats.atomic import atomic_path
@@ -68,7 +69,7 @@ class _Plain(logging.Formatter):
 
 
 class Job:
-    """A job folder in use.
+    """A job folder in use; of several processes (see distributed) only the first writes and speaks.
 
     before_batch: called before each batch of training and each read of images; what it raises ends the job.
     """
@@ -87,8 +88,10 @@ class Job:
     @contextlib.contextmanager
     def logging(self) -> Iterator[None]:
         """Messages go to the terminal and to run.log while this lasts."""
-        to_file = logging.FileHandler(self.path("run.log"), encoding="utf-8")
-        handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), to_file, self._warnings]
+        handlers: list[logging.Handler] = [self._warnings]
+        if distributed.rank() == 0:
+            to_file = logging.FileHandler(self.path("run.log"), encoding="utf-8")
+            handlers += [logging.StreamHandler(sys.stdout), to_file]
         for handler in handlers:
             handler.setFormatter(_Plain())
             log.addHandler(handler)
@@ -98,8 +101,7 @@ class Job:
         finally:
             for handler in handlers:
                 log.removeHandler(handler)
-                handler.flush()
-            to_file.close()
+                handler.close()
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -110,11 +112,15 @@ class Job:
 
     def write_config(self, settings: Mapping[str, Any]) -> None:
         """The resolved settings, from which the run repeats."""
+        if distributed.rank() > 0:
+            return
         with atomic_path(self.path(CONFIG)) as temporary:
             write_yaml(temporary, settings)
 
     def write_record(self, inputs: Mapping[str, Any], seed: int, device: torch.device) -> None:
         """run.json: versions, seed, inputs with digests, timings, warnings."""
+        if distributed.rank() > 0:
+            return
         packages = ("torch", "numpy", "scipy", "mrcfile", "h5py")
         record = {
             "program": f"cryo_svae {cryo_svae.__version__}",
@@ -122,6 +128,7 @@ class Job:
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(self._began)),
             "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "processes": distributed.n_started(),
             "threads": torch.get_num_threads(),
             "seed": seed,
             "inputs": inputs,

@@ -196,6 +196,8 @@ class PolarTransform(nn.Module):
 
     def forward(self, images: Float[Tensor, "b n n"]) -> Float[Tensor, "b 2 p"]:
         """Packed angular coefficients of images inside the soft disc."""
+        if len(images) == 0:  # FFT libraries refuse none
+            return images.new_zeros(0, 2, self.n_pairs)
         parts = images.split(FFT_IMAGES_AT_ONCE)
         return torch.cat([self.pack(self.spectra(self._sample(part * self.mask))) for part in parts])
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cryo_svae import geometry
+from cryo_svae import distributed, geometry
 from cryo_svae.config import PreparationConfig
 from cryo_svae.ctf import CtfTable
 from cryo_svae.errors import InputError
@@ -165,6 +165,7 @@ def prepared_images(
     with ThreadPoolExecutor(1) as reader:
         pending = [reader.submit(_prepare_particles, source, part, preparation) for part in parts[:1]]
         for number, part in enumerate(parts):
+            distributed.stop_if_asked()
             images, usable = pending.pop().result()
             if number + 1 < len(parts):
                 pending.append(reader.submit(_prepare_particles, source, parts[number + 1], preparation))

@@ -13,11 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 import cryo_svae
-from cryo_svae import averages, config, export, latent
+from cryo_svae import averages, config, distributed, export, latent
 from cryo_svae.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cryo_svae.class2d import classes_table, write_class2d
 from cryo_svae.config import ComputeConfig, OutputConfig, SourceConfig
-from cryo_svae.estimation import EstimateTable, estimate
+from cryo_svae.estimation import estimate
 from cryo_svae.fitting import (
     Plan,
     average_classes,
@@ -89,6 +89,8 @@ def train(job: Job, particles: ParticleSet, plan: Plan) -> Checkpoint:
         checkpoint = new_checkpoint(plan)
 
     def on_epoch(current: Checkpoint) -> None:
+        if distributed.rank() > 0:
+            return
         save_checkpoint(path, current)
         write_epochs(job.path("epochs.tsv"), current.history)
         if current.history:
@@ -131,12 +133,18 @@ def write_epochs(path: Path, history: list[dict[str, float]]) -> None:
 
 def write_estimates(
     job: Job, particles: ParticleSet, checkpoint: Checkpoint, settings: Mapping[str, Any]
-) -> EstimateTable:
-    """Estimates every particle; writes particles.star, stacks, classes and latents.h5."""
+) -> None:
+    """Estimates every particle; writes particles.star, stacks, classes and latents.h5.
+
+    Several processes estimate together; the first averages and writes alone.
+    """
     device = pick_device(settings["device"])
     source = ImageSource(particles, job.before_batch)
     with job.timed("estimation"):
         table = estimate(checkpoint, source, device)
+    distributed.part()
+    if distributed.rank() > 0:
+        return
     n_classes = settings["classes"] or averages.default_classes(len(particles))
     with job.timed("averages"):
         classes, result = average_classes(checkpoint, source, table, n_classes, settings["seed"], device)
@@ -186,7 +194,6 @@ def write_estimates(
         int(table.usable.sum()),
         job.path("report.html"),
     )
-    return table
 
 
 def write_record(job: Job, particles: ParticleSet, settings: Mapping[str, Any]) -> None:

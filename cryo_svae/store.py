@@ -13,7 +13,10 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cryo_svae import distributed
 from cryo_svae.ctf import CtfTable
+from cryo_svae.distributed import Share
+from cryo_svae.errors import InputError
 from cryo_svae.images import ImageSource
 from cryo_svae.models.engine import Batch, Engine
 from cryo_svae.preprocessing import Preparation, prepared_images, working_ctf
@@ -23,23 +26,39 @@ IN_MEMORY_BYTES = 4 * 2**30
 
 @dataclass(frozen=True)
 class TrainingStore:
-    """m usable particles.
+    """n usable particles, of which this process holds m: all, unless there are several.
 
     image:    (m, …) what ``Engine.represent`` made of them.
     ctf:      their CTF parameters on the working grid, or None.
-    particle: (m,) their row in the particle set.
+    particle: (n,) the row of every usable particle in the particle set.
+    first:    row among the n of the first one held.
     """
 
     image: Float[Tensor, "m ..."]
     ctf: CtfTable | None
     particle: NDArray[np.intp]
+    first: int = 0
 
     def __len__(self) -> int:
-        return len(self.image)
+        return len(self.particle)
+
+    @property
+    def own(self) -> slice:
+        """Rows held."""
+        return slice(self.first, self.first + len(self.image))
 
     def batch(self, index: Int[Tensor, "b"]) -> Batch:
-        """The rows ``index`` as a batch, in float32."""
-        return Batch(index, self.image[index].float(), None if self.ctf is None else self.ctf[index])
+        """The rows ``index``, or those of them that are held, as a batch, in float32."""
+        share = None
+        if len(self.image) < len(self):
+            row = ((index >= self.own.start) & (index < self.own.stop)).nonzero()[:, 0]
+            share = Share(row, len(index), n_own=len(row))
+            index = index[row]
+            if len(row) == 0:
+                share = Share(torch.zeros(1, dtype=torch.long), share.n_whole, n_own=0)
+                index = torch.tensor([self.first])
+        held = index - self.first
+        return Batch(index, self.image[held].float(), None if self.ctf is None else self.ctf[held], share)
 
     def batches(self, index: Int[Tensor, "m"], batch_size: int) -> Iterator[Batch]:
         """The rows ``index`` in order, ``batch_size`` at a time."""
@@ -50,7 +69,7 @@ class TrainingStore:
 def build_store(
     engine: Engine, source: ImageSource, preparation: Preparation, use_ctf: bool, scratch: Path
 ) -> TrainingStore:
-    """Prepares and represents every particle once; unusable ones are left out.
+    """Prepares and represents every particle of this process once; unusable ones are left out.
 
     scratch: folder for the half-precision file that takes what exceeds ``IN_MEMORY_BYTES``. The
     file has no name, so nothing is left behind however the program ends.
@@ -59,20 +78,34 @@ def build_store(
     image: Tensor | None = None
     rows: list[NDArray[np.intp]] = []
     filled = 0
-    for index, images, usable in prepared_images(source, np.arange(len(particles)), preparation):
+    own = np.arange(len(particles))[distributed.block(len(particles))]
+    for index, images, usable in prepared_images(source, own, preparation):
         kept = engine.represent(images[usable]).detach()
         if image is None:
-            image = _allocate((len(particles), *kept.shape[1:]), scratch)
+            image = _allocate((len(own), *kept.shape[1:]), scratch)
         image[filled : filled + len(kept)] = kept
         rows.append(index[usable.numpy()])
         filled += len(kept)
+    usable_of_all = torch.zeros(len(particles), dtype=torch.long)
+    n_held = torch.zeros(distributed.world(), dtype=torch.long)
+    for row in rows:
+        usable_of_all[row] = 1
+    n_held[distributed.rank()] = filled
+    usable_of_all, n_held = distributed.totals(usable_of_all, n_held)
+    if distributed.world() > 1 and not n_held.all():
+        raise InputError(
+            particles.star.path,
+            found=f"no usable particle for process {int(n_held.argmin())} of {len(n_held)}",
+            expected=f"{len(n_held)} blocks of particles, some usable in each",
+            remedy="start fewer processes (torchrun --nproc-per-node).",
+        )
     if image is None:
         raise ValueError("a particle set holds one or more particles")
-    particle = np.concatenate(rows)
     ctf = None
     if use_ctf and particles.ctf is not None:
-        ctf = working_ctf(particles.ctf, preparation)[torch.from_numpy(particle)]
-    return TrainingStore(image[:filled], ctf, particle)
+        ctf = working_ctf(particles.ctf, preparation)[torch.from_numpy(np.concatenate(rows))]
+    first = int(n_held[: distributed.rank()].sum())
+    return TrainingStore(image[:filled], ctf, usable_of_all.nonzero()[:, 0].numpy(), first)
 
 
 def _allocate(shape: tuple[int, ...], scratch: Path) -> Tensor:

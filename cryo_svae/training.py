@@ -2,7 +2,8 @@
 
 Everything random in an epoch is drawn after seeding with (seed, epoch), and the learning rate is
 a function of the step alone, so a run resumed from any epoch's checkpoint repeats the rest of an
-uninterrupted run.
+uninterrupted run. Several processes (see distributed) go through the same batches, each with its own
+particles of them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm import tqdm
 
+from cryo_svae import distributed
 from cryo_svae.checkpoint import Checkpoint
 from cryo_svae.errors import TrainingError
 from cryo_svae.models.engine import Engine
@@ -85,6 +87,7 @@ def fit(
         seed_everything(schedule.seed, -1)
         engine.start((b.to(device) for b in store.batches(train, schedule.batch_size)), len(store))
         on_epoch(checkpoint)
+    bound = distributed.bound(engine)
     optimizer = torch.optim.Adam(engine.parameters(), lr=schedule.learning_rate, fused=True)
     if checkpoint.optimizer is not None:
         optimizer.load_state_dict(checkpoint.optimizer)
@@ -102,23 +105,26 @@ def fit(
             store.batches(order, schedule.batch_size),
             total=steps_an_epoch,
             desc=f"epoch {epoch + 1}/{schedule.epochs}",
-            disable=not sys.stderr.isatty(),
+            disable=not sys.stderr.isatty() or distributed.rank() > 0,
             leave=False,
         )
         for number, batch in enumerate(batches):
             before_batch()
+            distributed.stop_together()
             step = epoch * steps_an_epoch + number
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, schedule.epochs * steps_an_epoch, schedule)
             with _autocast(device):
-                terms = engine.elbo(batch.to(device))
+                terms = bound(batch.to(device))
             kl = terms.kl_z + terms.kl_pose
-            loss = (engine.kl_weight * kl - terms.log_likelihood).mean()
+            losses = (engine.kl_weight * kl - terms.log_likelihood)[: batch.n_own]
+            loss = losses.sum() / (batch.n_whole / distributed.world())  # gradients are averaged over ranks
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             parts = torch.stack([terms.elbo, terms.log_likelihood, terms.kl_z, terms.kl_pose])
-            sums += parts.detach().double().sum(1)
+            sums += parts[:, : batch.n_own].detach().double().sum(1)
+        (sums,) = distributed.totals(sums)
         means = (sums / len(train)).tolist()
         if not all(math.isfinite(value) for value in means):
             raise TrainingError(
@@ -130,6 +136,8 @@ def fit(
         checkpoint.history.append(dict(zip(EPOCH_COLUMNS, row, strict=True)))
         checkpoint.optimizer = optimizer.state_dict()
         checkpoint.epochs_done = epoch + 1
+        for name in engine.tables:
+            distributed.unite(getattr(engine, name), store.own)
         on_epoch(checkpoint)
 
 
@@ -148,8 +156,10 @@ def _held_out_elbo(
     seed_everything(schedule.seed, -1)
     engine.eval()
     with torch.no_grad():
-        bounds = [engine.elbo(b.to(device)).elbo for b in store.batches(held, schedule.batch_size)]
-    return float(torch.cat(bounds).mean(dtype=torch.float64))
+        batches = store.batches(held, schedule.batch_size)
+        bounds = [engine.elbo(b.to(device)).elbo[: b.n_own] for b in batches]
+    (total,) = distributed.totals(torch.cat(bounds).sum(dtype=torch.float64))
+    return float(total / len(held))
 
 
 def _is_stale(history: list[dict[str, float]], patience: int | None) -> bool:

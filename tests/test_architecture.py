@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "cryo_svae"
 # Each part may import those before it in this list, and its own kind.
 LAYERS = [
     {"errors"},
-    {"config", "geometry", "formats"},
+    {"config", "distributed", "geometry", "formats"},
     {"ctf", "polar", "interchange", "stacks"},
     {"particles", "models"},
     {"images", "simulate", "conversion"},
@@ -29,7 +29,7 @@ LAYERS = [
     {"stages"},
     {"inspection"},
     {"cli"},
-    {"relion_job"},
+    {"relion_job", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

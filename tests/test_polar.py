@@ -124,3 +124,8 @@ def test_a_coarser_transform_is_the_beginning_of_the_full_one():
     torch.testing.assert_close(coarse(image), full(image)[..., : coarse.n_pairs], atol=1e-4, rtol=1e-4)
     assert torch.equal(coarse.noise_dof, full.noise_dof[:9])
     assert coarse.n_angles < full.n_angles
+
+
+def test_no_images_have_no_coefficients():
+    polar = PolarTransform(BOX, BOX / 2)
+    assert polar(torch.zeros(0, BOX, BOX)).shape == (0, 2, polar.n_pairs)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cryo_svae import geometry
+from cryo_svae import distributed, geometry
 from cryo_svae.config import check, derived, option
 from cryo_svae.ctf import CtfTable, ctf_2d
 from cryo_svae.errors import InputError
@@ -104,8 +104,8 @@ class Latents(NamedTuple):
     origin_log_std: Float[Tensor, "b 2"]
 
 
-def _sample(mean: Tensor, log_std: Tensor) -> Tensor:
-    return mean + torch.exp(log_std) * torch.randn_like(mean)
+def _sample(batch: Batch, mean: Tensor, log_std: Tensor) -> Tensor:
+    return mean + torch.exp(log_std) * batch.draw(torch.randn, mean)
 
 
 class CoordinateEngine(Engine):
@@ -167,7 +167,7 @@ class CoordinateEngine(Engine):
         """Starts the learned standard deviation at the data's; checks Bernoulli data."""
         count, total, squares = 0, 0.0, 0.0
         for batch in batches:
-            data = self._inside(batch.image)
+            data = self._inside(batch.image)[: batch.n_own]
             if self.config.pixels == "bernoulli" and (data.min() < 0 or data.max() > 1):
                 raise InputError(
                     "--pixels",
@@ -178,6 +178,8 @@ class CoordinateEngine(Engine):
             count += data.numel()
             total += float(data.sum(dtype=torch.float64))
             squares += float((data.double() ** 2).sum())
+        sums = torch.tensor([count, total, squares], dtype=torch.float64)
+        count, total, squares = distributed.totals(sums)[0].tolist()
         if self.config.pixels == "gaussian":
             variance = squares / count - (total / count) ** 2
             with torch.no_grad():
@@ -186,6 +188,11 @@ class CoordinateEngine(Engine):
     def begin_epoch(self, epoch: int, n_epochs: int) -> None:
         """z is held at 0 for the first epochs."""
         self.z_active = epoch >= self.config.z_delay
+
+    @property
+    def may_idle(self) -> bool:
+        """With no pose to tell, the encoder is idle while z is held at 0."""
+        return self.config.z_delay > 0 and not (self.config.rotate or self.config.translate)
 
     def _inside(self, images: Float[Tensor, "b c n n"]) -> Float[Tensor, "b p c"]:
         return images.flatten(2)[:, :, self.inside].mT
@@ -259,7 +266,7 @@ class CoordinateEngine(Engine):
             return None
         first = batch.image.new_zeros(len(batch))
         if augment:
-            first = 2.0 * math.pi * torch.rand_like(first)
+            first = 2.0 * math.pi * batch.draw(torch.rand, first)
         if n_candidates == 1:
             return first
         turns = [first + 2.0 * math.pi * k / n_candidates for k in range(n_candidates)]
@@ -291,9 +298,9 @@ class CoordinateEngine(Engine):
     def elbo(self, batch: Batch) -> ElboTerms:
         """The paper's bound, one posterior sample a particle."""
         latents = self._encode_turned(batch, self._turn(batch))
-        psi = _sample(latents.psi, latents.psi_log_std)
-        origin = _sample(latents.origin, latents.origin_log_std)
-        z = _sample(latents.z, latents.z_log_std)
+        psi = _sample(batch, latents.psi, latents.psi_log_std)
+        origin = _sample(batch, latents.origin, latents.origin_log_std)
+        z = _sample(batch, latents.z, latents.z_log_std)
         kl_z = kl_normal(latents.z, latents.z_log_std, 1.0)
         if not self.z_active:
             z, kl_z = torch.zeros_like(z), torch.zeros_like(kl_z)

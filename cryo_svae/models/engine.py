@@ -16,10 +16,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from cryo_svae import distributed
 from cryo_svae.ctf import CtfTable
+from cryo_svae.distributed import Share
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,13 @@ class Batch:
     index: row of each particle in the training set (row of a per-particle table).
     image: what ``Engine.represent`` made of the prepared images; float, first axis b.
     ctf:   their CTF parameters, or None where the model has no CTF.
+    share: which rows of a batch of several processes these are; None where they are the whole batch.
     """
 
     index: Int[Tensor, "b"]
     image: Float[Tensor, "b ..."]
     ctf: CtfTable | None
+    share: Share | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -45,7 +49,36 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         ctf = None if self.ctf is None else self.ctf.to(device)
-        return Batch(self.index.to(device), self.image.to(device), ctf)
+        share = None if self.share is None else self.share.to(device)
+        return Batch(self.index.to(device), self.image.to(device), ctf, share)
+
+    @property
+    def n_whole(self) -> int:
+        """Particles in the batch of all processes."""
+        return len(self) if self.share is None else self.share.n_whole
+
+    @property
+    def n_own(self) -> int:
+        """How many of the rows count, from the first; the others only keep this process in step."""
+        return len(self) if self.share is None else self.share.n_own
+
+    def draw(self, sample: Callable[..., Tensor], like: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+        """Random numbers, as one process draws them for the whole batch: these rows of them."""
+        numbers = sample((self.n_whole, *like.shape[1:]), dtype=like.dtype, device=like.device)
+        return numbers if self.share is None else numbers[self.share.row]
+
+    def totals(self, *sums: Tensor) -> tuple[Tensor, ...]:
+        """Sums over own rows, summed over the processes."""
+        return sums if self.share is None else distributed.totals(*sums)
+
+    def first(self, values: Float[Tensor, "b ..."], k: int) -> Float[Tensor, "k ..."]:
+        """Values of the first k rows of the whole batch."""
+        if self.share is None:
+            return values[:k]
+        row, own = self.share.row[: self.n_own], values[: self.n_own].detach()
+        found = own.new_zeros(min(k, self.n_whole), *own.shape[1:])
+        found[row[row < k]] = own[row < k]
+        return distributed.totals(found)[0]
 
 
 @dataclass(frozen=True)
@@ -120,14 +153,21 @@ class Engine(nn.Module, ABC):
 
     largest_box_px: box beyond which images are Fourier-cropped unless the user says otherwise.
     kl_weight:      weight of the KL terms in the training loss, set by ``begin_epoch``.
+    tables:         names of buffers with a row for each training particle.
     """
 
     training_defaults: ClassVar[TrainingDefaults]
     largest_box_px: ClassVar[int]
+    tables: ClassVar[tuple[str, ...]] = ()
     box_px: int
     z_dim: int
     config: Any
     kl_weight: float
+
+    @property
+    def may_idle(self) -> bool:
+        """Whether there are epochs in which some parameters play no part."""
+        return False
 
     @abstractmethod
     def represent(self, images: Float[Tensor, "b n n"]) -> Float[Tensor, "b ..."]:

@@ -50,8 +50,18 @@ class PosteriorSearch:
         fine = disc_of_points(FINE_DISC if self.engine.shifts else 0.0, torch.device("cpu"))
         n_poses = len(fine) * FINER_ANGLES * self.engine.polar.n_angles
         n_each = max(1, PIECE // (n_poses * max(len(self.points), self.engine.z_dim)))
-        pieces = torch.arange(len(batch)).split(n_each)
-        return Posterior.cat([self._posterior(batch[piece]) for piece in pieces])
+        turns = torch.zeros(len(batch), dtype=torch.bool)
+        if batch.ctf is not None:  # apart, so that no particle's CTF is treated by its neighbours'
+            turns = self.engine.astigmatic(batch.ctf).cpu()
+        order = torch.cat([(~turns).nonzero()[:, 0], turns.nonzero()[:, 0]])
+        pieces = [
+            piece
+            for kind in order.split([int((~turns).sum()), int(turns.sum())])
+            for piece in kind.split(n_each)
+        ]
+        found = Posterior.cat([self._posterior(batch[piece]) for piece in pieces if len(piece)])
+        back = torch.argsort(order)
+        return Posterior(**{name: values[back.to(values.device)] for name, values in vars(found).items()})
 
     def _posterior(self, batch: Batch) -> Posterior:
         engine = self.engine

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from cryo_svae import distributed
 from cryo_svae.config import check, derived
-from cryo_svae.ctf import ctf_at, electron_wavelength_angst
+from cryo_svae.ctf import CtfTable, ctf_at, electron_wavelength_angst
 from cryo_svae.models.engine import Batch, ElboTerms, Engine, Posterior, TrainingDefaults
 from cryo_svae.models.invariant_encoder import InvariantEncoder
 from cryo_svae.models.polar_generator import PolarGenerator
@@ -81,6 +82,7 @@ class SteerableEngine(Engine):
         epochs=(10, 60), images=250_000, batch_size=128, learning_rate=2e-3, schedule="one-cycle"
     )
     largest_box_px: ClassVar[int] = 128
+    tables: ClassVar[tuple[str, ...]] = ("origin_px",)
 
     level: Tensor
     noise_dof: Tensor
@@ -139,10 +141,12 @@ class SteerableEngine(Engine):
         total, n = torch.zeros_like(self.generator.mean), 0
         for batch in batches:
             ctf, image = self._ctf(batch, polar).mean(-1), batch.image.float()
-            power += self._by_ring(image.square().sum((0, 1)))
-            passed += ctf.square().sum(0)
-            total += (image * ctf[:, None, ring]).sum(0)
-            n += len(batch)
+            own = slice(batch.n_own)
+            power += self._by_ring(image[own].square().sum((0, 1)))
+            passed += ctf[own].square().sum(0)
+            total += (image[own] * ctf[own, None, ring]).sum(0)
+            n += batch.n_whole
+        power, passed, total = distributed.totals(power, passed, total)
         self.noise_variance.copy_((power / (n * self.noise_dof)).clamp(min=1e-6))
         # Before its CTF, content is as much larger as the CTF is small.
         passed = passed.clamp(min=LEAST_CTF_POWER * n)
@@ -208,15 +212,15 @@ class SteerableEngine(Engine):
         origins = here[:, None] + offsets
         log_prior = self.log_prior(origins, self.search_step_px)
         mean = mean + self._improvement(look, log_prior, mean.detach(), log_std.detach())
-        content = self.generator(mean + torch.randn_like(mean) * log_std.exp())
+        content = self.generator(mean + batch.draw(torch.randn, mean) * log_std.exp())
         with torch.no_grad(), torch.autocast(batch.image.device.type, enabled=False):
             pose = look.posterior(content, log_prior)
             expected = ((pose.aligned - 0.5 * pose.filtered) * content).sum((1, 2))
             residual = pose.aligned - pose.filtered
             if self.training:
                 self._learn(batch, content, pose, origins)
-                self.known_z.copy_(torch.cat([self.known_z, mean[:KNOWN_ANEW]])[-KNOWN:])
-            self._move(batch.index, pose, origins)
+                self.known_z.copy_(torch.cat([self.known_z, batch.first(mean, KNOWN_ANEW)])[-KNOWN:])
+            self._move(batch, pose, origins)
         # The value is ``expected``; the gradient is that of the log evidence (see pose_posterior).
         slope = (residual * (content - content.detach())).sum((1, 2))
         kl_z = 0.5 * (mean.square() + torch.exp(2.0 * log_std) - 1.0 - 2.0 * log_std).sum(-1)
@@ -292,13 +296,23 @@ class SteerableEngine(Engine):
         half = (table.defocus_u_angst - table.defocus_v_angst).abs() / 2
         wavelength = electron_wavelength_angst(table.voltage_kv)
         differs = math.pi * wavelength * half / (2.0 * table.pixel_size_angst) ** 2
-        if float(differs.max()) <= ASTIGMATIC_RAD:
+        (n_astigmatic,) = batch.totals((differs > ASTIGMATIC_RAD).sum())
+        if n_astigmatic == 0:
             table, n_angles = replace(table, defocus_u_angst=mean, defocus_v_angst=mean), 1
         else:
             n_angles = polar.n_angles
         radius = torch.arange(polar.n_rings, device=device)[:, None] / self.box_px
         phi = 2.0 * math.pi / n_angles * torch.arange(n_angles, device=device)
         return ctf_at(table, torch.stack([radius * torch.cos(phi), radius * torch.sin(phi)], -1)).float()
+
+    @staticmethod
+    def astigmatic(table: CtfTable) -> Bool[Tensor, "b"]:
+        """Whether each CTF changes too much with direction to be taken as round."""
+        half = (table.defocus_u_angst - table.defocus_v_angst).abs() / 2
+        wavelength = electron_wavelength_angst(table.voltage_kv)
+        differs = math.pi * wavelength * half / (2.0 * table.pixel_size_angst) ** 2
+        turns: Tensor = differs > ASTIGMATIC_RAD
+        return turns
 
     def look(
         self,
@@ -363,22 +377,27 @@ class SteerableEngine(Engine):
         origins: Float[Tensor, "b t 2"],
     ) -> None:
         """Running averages: residual power of each ring, origin variance, energy of a particle."""
+        own, n = slice(batch.n_own), batch.n_whole
         explained = (2.0 * pose.aligned - pose.filtered) * content
         residual = self._seen(batch).square() - explained * self.noise[self.polar.ring]
-        power = self._by_ring(residual.sum((0, 1))) / (len(batch) * self.noise_dof[: self.polar.n_rings])
-        self.noise.lerp_(power.clamp(min=1e-6), 1.0 - MEMORY)
-        signal = self._by_ring(content.square().sum((0, 1))) / (
-            len(batch) * self.noise_dof[: self.polar.n_rings]
+        power, signal, energy, second = batch.totals(
+            self._by_ring(residual[own].sum((0, 1))),
+            self._by_ring(content[own].square().sum((0, 1))),
+            (pose.filtered * content)[own].sum((1, 2)).sum(),
+            (pose.probability.sum(-1) * origins.square().sum(-1))[own].sum(1).sum(),
         )
+        dof = n * self.noise_dof[: self.polar.n_rings]
+        power, signal = power / dof, signal / dof
+        self.noise.lerp_(power.clamp(min=1e-6), 1.0 - MEMORY)
         self.signal_power[: self.polar.n_rings].lerp_(signal, 1.0 - MEMORY)
-        self.signal_energy.lerp_((pose.filtered * content).sum((1, 2)).mean(), 1.0 - MEMORY)
+        self.signal_energy.lerp_(energy / n, 1.0 - MEMORY)
         if self.shifts and self.config.shift_std_px is None:
-            second = (pose.probability.sum(-1) * origins.square().sum(-1)).sum(1).mean() / 2
-            self.shift_variance.lerp_(second.clamp(min=0.01), 1.0 - MEMORY)
+            self.shift_variance.lerp_((second / n / 2).clamp(min=0.01), 1.0 - MEMORY)
 
-    def _move(self, index: Int[Tensor, "b"], pose: PosePosterior, origins: Float[Tensor, "b t 2"]) -> None:
+    def _move(self, batch: Batch, pose: PosePosterior, origins: Float[Tensor, "b t 2"]) -> None:
         if self.shifts:
-            self.origin_px[index] = self.within_reach(mean_origin(pose, origins)[0])
+            here = self.within_reach(mean_origin(pose, origins)[0])
+            self.origin_px[batch.index[: batch.n_own]] = here[: batch.n_own]
 
     def within_reach(self, origin: Float[Tensor, "b 2"]) -> Float[Tensor, "b 2"]:
         """Origins no longer than the largest shift."""

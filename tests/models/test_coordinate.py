@@ -123,9 +123,9 @@ def test_the_encoders_turned_input_is_undone_before_decoding(monkeypatch):
         return Latents(torch.zeros(1, 1), tiny, psi, tiny, origin, tiny.expand(1, 2))
 
     turns: list[torch.Tensor] = []
-    real_rand_like = torch.rand_like
+    real_rand = torch.rand
     monkeypatch.setattr(
-        torch, "rand_like", lambda t: turns.append(2 * math.pi * (r := real_rand_like(t))) or r
+        torch, "rand", lambda *a, **k: turns.append(2 * math.pi * (r := real_rand(*a, **k))) or r
     )
     monkeypatch.setattr(model, "encode", perfect)
     with torch.no_grad():

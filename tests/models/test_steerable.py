@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -198,6 +199,20 @@ def test_batch_order_and_company_are_irrelevant(shifted):
     for name, values in vars(whole).items():
         torch.testing.assert_close(getattr(mixed, name), values[order], atol=3e-3, rtol=1e-3)
         torch.testing.assert_close(getattr(alone, name), values[:1], atol=3e-3, rtol=1e-3)
+
+
+def test_a_round_ctf_stays_round_beside_an_astigmatic_one():
+    made = truth(n=16, defocus_min_angst=10_000.0, defocus_max_angst=25_000.0)
+    engine = new_engine(made.images, ctf=made.ctf)
+    stretched = replace(made.ctf, defocus_u_angst=made.ctf.defocus_u_angst.clone())
+    stretched.defocus_u_angst[::2] += 20_000.0
+    assert engine.astigmatic(stretched).tolist() == [True, False] * 8
+    batch = batches_of(engine, made.images, stretched)[0]
+    whole = engine.infer(batch)
+    for rows in (torch.arange(0, 16, 2), torch.arange(1, 16, 2)):
+        alone = engine.infer(batch[rows])
+        for name, values in vars(alone).items():
+            torch.testing.assert_close(getattr(whole, name)[rows], values, atol=1e-3, rtol=1e-3)
 
 
 def test_infer_leaves_the_engine_alone_and_takes_any_row(shifted):
