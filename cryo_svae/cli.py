@@ -126,14 +126,14 @@ def _run_job(arguments: dict[str, Any], stage_name: str) -> None:
                 else "--model MODEL.pt",
                 remedy="see cryo-svae --help.",
             )
-    job = open_job(out, overwrite=overwrite, resume=resume)
-    if resume:
-        arguments = settings_to_resume(job, arguments)
-    classes = (SourceConfig, PreparationConfig, ModelConfig, TrainingConfig, ComputeConfig, OutputConfig)
-    plain = {name: value for name, value in arguments.items() if name not in ("particles", "model")}
-    config.refuse_unknown(plain, (*classes, *CONFIG_CLASSES), source)
-    with job.logging():
-        getattr(stages, stage_name)(job, arguments, source)
+    with open_job(out, overwrite=overwrite, resume=resume) as job:
+        if resume:
+            arguments = settings_to_resume(job, arguments)
+        classes = (SourceConfig, PreparationConfig, ModelConfig, TrainingConfig, ComputeConfig, OutputConfig)
+        plain = {name: value for name, value in arguments.items() if name not in ("particles", "model")}
+        config.refuse_unknown(plain, (*classes, *CONFIG_CLASSES), source)
+        with job.logging():
+            getattr(stages, stage_name)(job, arguments, source)
 
 
 def _inspect(arguments: dict[str, Any]) -> None:

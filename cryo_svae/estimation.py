@@ -14,6 +14,7 @@ from cryo_svae import geometry
 from cryo_svae.checkpoint import Checkpoint
 from cryo_svae.images import ImageSource
 from cryo_svae.models.engine import Batch, Posterior
+from cryo_svae.pieces import Pieces
 from cryo_svae.preprocessing import prepared_images, working_ctf
 
 Reals = NDArray[np.float64]
@@ -79,6 +80,7 @@ def estimate(
         ctf = working_ctf(source.particles.ctf, checkpoint.preparation)
     parts: list[Posterior] = []
     rows: list[NDArray[np.intp]] = []
+    pieces = Pieces()
     chunks = prepared_images(source, np.arange(n_particles), checkpoint.preparation)
     progress = tqdm(total=n_particles, desc="estimate", disable=not sys.stderr.isatty(), leave=False)
     with torch.no_grad(), progress:
@@ -89,7 +91,7 @@ def estimate(
                 row = torch.from_numpy(kept[start : start + batch_size])
                 image = represented[start : start + batch_size]
                 batch = Batch(row, image, None if ctf is None else ctf[row])
-                parts.append(engine.infer(batch.to(device)).to("cpu"))
+                parts += pieces.of(batch, lambda piece: engine.infer(piece.to(device)).to("cpu"))
             rows.append(kept)
             progress.update(len(index))
     posterior = Posterior.cat(parts) if parts else _nothing(engine.z_dim)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from cryo_svae.errors import InputError
 from cryo_svae.formats.mrc import read_images
 from cryo_svae.particles import ParticleSet
 
@@ -26,5 +27,14 @@ class ImageSource:
         for stack in np.unique(stack_of):
             here = np.flatnonzero(stack_of == stack)
             slices = particles.slice_of[index[here]]
-            images[here] = read_images(particles.stacks[stack].path, slices)
+            path = particles.stacks[stack].path
+            found = read_images(path, slices)
+            if found.shape[1:] != images.shape[1:]:
+                raise InputError(
+                    path,
+                    found=f"images of {found.shape[2]} x {found.shape[1]} px",
+                    expected=f"{images.shape[2]} px a side, as when the job began",
+                    remedy="put the stack back as it was, and go on with --resume.",
+                )
+            images[here] = found
         return images

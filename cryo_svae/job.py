@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import logging
+import os
 import platform
 import sys
 import time
@@ -19,12 +21,13 @@ import torch
 import cryo_svae
 from cryo_svae.config import read_yaml, write_yaml
 from cryo_svae.errors import InputError, OutputError
-from cryo_svae.formats.atomic import atomic_path
+from cryo_svae.formats.atomic import atomic_path, is_leftover
 
 log = logging.getLogger("cryo_svae")
 
 CHECKPOINT = "model.pt"
 CONFIG = "config.yaml"
+LOCK = ".lock"
 RESULT_PATTERNS = (
     CHECKPOINT,
     CONFIG,
@@ -66,6 +69,20 @@ class _Plain(logging.Formatter):
         return mark + record.getMessage()
 
 
+class _LogFile(logging.FileHandler):
+    """run.log; what cannot be written to it ends the job with one message."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Passes the system's refusal on, rather than printing a traceback."""
+        error = sys.exception()
+        if isinstance(error, OSError):
+            raise OutputError(
+                f"{self.baseFilename}: cannot be written: {error.strerror}.\n"
+                "  To mend: free some room on that disk, and resume."
+            ) from error
+        super().handleError(record)
+
+
 class Job:
     """A job folder in use."""
 
@@ -82,7 +99,7 @@ class Job:
     @contextlib.contextmanager
     def logging(self) -> Iterator[None]:
         """Messages go to the terminal and to run.log while this lasts."""
-        to_file = logging.FileHandler(self.path("run.log"), encoding="utf-8")
+        to_file = _LogFile(self.path("run.log"), encoding="utf-8")
         handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), to_file, self._warnings]
         for handler in handlers:
             handler.setFormatter(_Plain())
@@ -127,8 +144,13 @@ class Job:
             temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
-def open_job(folder: Path, *, overwrite: bool, resume: bool) -> Job:
-    """The folder, made if need be; one that holds results is refused unless told what to do with them."""
+@contextlib.contextmanager
+def open_job(folder: Path, *, overwrite: bool, resume: bool) -> Iterator[Job]:
+    """The folder, made if need be, and this process's alone while this lasts.
+
+    Raises OutputError where another process uses it, or where it holds results and nothing is said of
+    what to do with them.
+    """
     if overwrite and resume:
         raise InputError(
             "--resume",
@@ -146,16 +168,49 @@ def open_job(folder: Path, *, overwrite: bool, resume: bool) -> Job:
         raise OutputError(
             f"{folder}: cannot be made: {error.strerror}.\n  To mend: name a folder that you may write to."
         ) from error
-    results = sorted(path for pattern in RESULT_PATTERNS for path in folder.glob(pattern))
-    if results and not (overwrite or resume):
-        raise OutputError(
-            f"{folder}: holds results ({results[0].name}, …).\n"
-            "  To mend: name another folder, or add --resume to go on, or --overwrite to start anew."
-        )
-    if overwrite:
-        for path in results:
+    with _locked(folder):
+        results = sorted(path for pattern in RESULT_PATTERNS for path in folder.glob(pattern))
+        if results and not (overwrite or resume):
+            raise OutputError(
+                f"{folder}: holds results ({results[0].name}, …).\n"
+                "  To mend: name another folder, or add --resume to go on, or --overwrite to start anew."
+            )
+        hidden = [*folder.glob(".*"), *folder.glob("*/.*")]
+        leftovers = [path for path in hidden if is_leftover(path)]  # of a process that was killed
+        for path in [*leftovers, *(results if overwrite else [])]:
             path.unlink()
-    return Job(folder)
+        yield Job(folder)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder, which the system frees when this process ends in whatever way."""
+    path = folder / LOCK
+    try:
+        file = path.open("a+")
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: cannot be written: {error.strerror}.\n  To mend: name a folder that you may write to."
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise OutputError(
+                f"{folder}: in use by {file.read().strip() or 'another process'}.\n"
+                "  To mend: name another folder, or wait until that process has ended."
+            ) from error
+        except OSError as error:
+            log.warning(
+                "%s: this file system has no locks (%s): mind that no other job writes there",
+                folder,
+                error.strerror,
+            )
+        with contextlib.suppress(OSError):  # a full disk is told of where it matters
+            os.ftruncate(file.fileno(), 0)
+            os.write(file.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
+        yield
 
 
 def settings_to_resume(job: Job, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cryo_svae import averages, config, export, latent
 from cryo_svae.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cryo_svae.class2d import classes_table, write_class2d
 from cryo_svae.config import ComputeConfig, OutputConfig, SourceConfig
+from cryo_svae.errors import TrainingError
 from cryo_svae.estimation import EstimateTable, estimate
 from cryo_svae.fitting import (
     Plan,
@@ -104,9 +106,21 @@ def train(job: Job, particles: ParticleSet, plan: Plan) -> Checkpoint:
                 row["seconds"],
             )
 
-    with job.timed("training"):
+    with job.timed("training"), _naming_the_checkpoint(path):
         fit_checkpoint(checkpoint, particles, plan, job.folder, on_epoch)
     return checkpoint
+
+
+@contextmanager
+def _naming_the_checkpoint(path: Path) -> Iterator[None]:
+    """An error of training also says where the last good model is."""
+    try:
+        yield
+    except TrainingError as error:
+        if not path.exists():
+            raise
+        epochs = load_checkpoint(path).epochs_done
+        raise TrainingError(f"{error}\n  The last good model, after epoch {epochs}, is {path}.") from error
 
 
 def check_contrast(images: ImageSource, preparation: Preparation) -> float:

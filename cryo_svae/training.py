@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Int
@@ -20,7 +21,8 @@ from tqdm import tqdm
 
 from cryo_svae.checkpoint import Checkpoint
 from cryo_svae.errors import TrainingError
-from cryo_svae.models.engine import Engine
+from cryo_svae.models.engine import Batch, Engine
+from cryo_svae.pieces import Pieces
 from cryo_svae.store import TrainingStore
 
 WARM_UP = 0.3  # share of the steps in which a one-cycle learning rate rises
@@ -79,6 +81,7 @@ def fit(
     """
     engine = checkpoint.engine.to(device)
     train, held = split_held_out(len(store), schedule.held_out, schedule.seed)
+    pieces = Pieces()
     if checkpoint.epochs_done == 0:
         seed_everything(schedule.seed, -1)
         engine.start((b.to(device) for b in store.batches(train, schedule.batch_size)), len(store))
@@ -107,27 +110,37 @@ def fit(
             step = epoch * steps_an_epoch + number
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, schedule.epochs * steps_an_epoch, schedule)
-            with _autocast(device):
-                terms = engine.elbo(batch.to(device))
-            kl = terms.kl_z + terms.kl_pose
-            loss = (engine.kl_weight * kl - terms.log_likelihood).mean()
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            work = partial(_backward, engine, device=device, n_particles=len(batch))
+            sums += torch.stack(pieces.of(batch, work, undo=optimizer.zero_grad)).sum(0)
             optimizer.step()
-            parts = torch.stack([terms.elbo, terms.log_likelihood, terms.kl_z, terms.kl_pose])
-            sums += parts.detach().double().sum(1)
         means = (sums / len(train)).tolist()
-        if not all(math.isfinite(value) for value in means):
+        held_elbo = _held_out_elbo(engine, store, held, schedule, device, pieces)
+        if not all(map(math.isfinite, [*means, held_elbo if len(held) else 0.0])) or not _is_finite(engine):
             raise TrainingError(
-                f"epoch {epoch + 1}: the bound is not a number.\n  To mend: the checkpoint of epoch {epoch}"
-                " is kept; train again from the start with a smaller --learning-rate."
+                f"epoch {epoch + 1}: the bound is not a number.\n"
+                "  To mend: train again from the start with a smaller --learning-rate."
             )
-        held_elbo = _held_out_elbo(engine, store, held, schedule, device)
         row = (float(epoch + 1), *means, held_elbo, time.monotonic() - began)
         checkpoint.history.append(dict(zip(EPOCH_COLUMNS, row, strict=True)))
         checkpoint.optimizer = optimizer.state_dict()
         checkpoint.epochs_done = epoch + 1
         on_epoch(checkpoint)
+
+
+def _backward(engine: Engine, batch: Batch, *, device: torch.device, n_particles: int) -> Tensor:
+    """Adds the gradients of a piece of a batch of n; sums of its bound and the bound's parts."""
+    with _autocast(device):
+        terms = engine.elbo(batch.to(device))
+    kl = terms.kl_z + terms.kl_pose
+    loss = (engine.kl_weight * kl - terms.log_likelihood).mean() * (len(batch) / n_particles)
+    loss.backward()
+    parts = torch.stack([terms.elbo, terms.log_likelihood, terms.kl_z, terms.kl_pose])
+    return parts.detach().double().sum(1)
+
+
+def _is_finite(engine: Engine) -> bool:
+    return all(bool(values.isfinite().all()) for values in engine.parameters())
 
 
 def _autocast(device: torch.device) -> torch.autocast:
@@ -137,7 +150,12 @@ def _autocast(device: torch.device) -> torch.autocast:
 
 
 def _held_out_elbo(
-    engine: Engine, store: TrainingStore, held: Tensor, schedule: Schedule, device: torch.device
+    engine: Engine,
+    store: TrainingStore,
+    held: Tensor,
+    schedule: Schedule,
+    device: torch.device,
+    pieces: Pieces,
 ) -> float:
     """Mean bound of the particles kept out, NaN where there is none; the same draws every epoch."""
     if len(held) == 0:
@@ -145,7 +163,11 @@ def _held_out_elbo(
     seed_everything(schedule.seed, -1)
     engine.eval()
     with torch.no_grad():
-        bounds = [engine.elbo(b.to(device)).elbo for b in store.batches(held, schedule.batch_size)]
+        bounds = [
+            bound
+            for batch in store.batches(held, schedule.batch_size)
+            for bound in pieces.of(batch, lambda piece: engine.elbo(piece.to(device)).elbo)
+        ]
     return float(torch.cat(bounds).mean(dtype=torch.float64))
 
 

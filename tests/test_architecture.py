@@ -16,7 +16,7 @@ LAYERS = [
     {"config", "geometry", "formats"},
     {"ctf", "polar", "interchange", "stacks"},
     {"particles", "models"},
-    {"images", "simulate", "conversion"},
+    {"images", "pieces", "simulate", "conversion"},
     {"preprocessing"},
     {"store", "checkpoint"},
     {"training", "estimation"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,13 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "give a shorter name.",
 }
 
+_TEMPORARY = re.compile(r"\..{1,64}\.[0-9a-f]{8}\.part(\.[^.]+)?")
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a name is one that ``atomic_path`` gives while writing, and a killed process left."""
+    return bool(_TEMPORARY.fullmatch(path.name))
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -34,7 +42,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     Raises OutputError where the system refuses (disk full, read-only or missing folder).
     """
-    temporary = path.with_name(f".{path.stem[:64]}.{secrets.token_hex(4)}{path.suffix}")
+    temporary = path.with_name(f".{path.stem[:64]}.{secrets.token_hex(4)}.part{path.suffix}")
     try:
         temporary.touch(exist_ok=False)  # refuses now rather than after hours of work
         yield temporary
