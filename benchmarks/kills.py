@@ -28,8 +28,9 @@ PROCESSES.set_forkserver_preload(["cryo_svae.stages"])
 def _job(arguments: Sequence[str]) -> None:
     """What a killed process does: the command line, on one thread, without a word."""
     torch.set_num_threads(1)
-    sys.stdout = sys.stderr = Path(os.devnull).open("w")
-    sys.exit(main(arguments))
+    with Path(os.devnull).open("w") as nowhere:
+        sys.stdout = sys.stderr = nowhere
+        sys.exit(main(arguments))
 
 
 def run(arguments: Sequence[str], seconds: float | None = None) -> bool:
@@ -103,7 +104,14 @@ def benchmark() -> None:
         run(["train", star, "--out", str(folder / "model"), *settings])
         jobs = {
             "run": ["run", star, *settings],
-            "estimate": ["estimate", star, "--model", str(folder / "model" / "model.pt"), "--device", "cpu"],
+            "estimate": [
+                "estimate",
+                star,
+                "--model",
+                str(folder / "model" / "model.pt"),
+                "--device",
+                "cpu",
+            ],
         }
         for command, arguments in jobs.items():
             (folder / command).mkdir()

@@ -129,7 +129,14 @@ def _run_job(arguments: dict[str, Any], stage_name: str) -> None:
     with open_job(out, overwrite=overwrite, resume=resume) as job:
         if resume:
             arguments = settings_to_resume(job, arguments)
-        classes = (SourceConfig, PreparationConfig, ModelConfig, TrainingConfig, ComputeConfig, OutputConfig)
+        classes = (
+            SourceConfig,
+            PreparationConfig,
+            ModelConfig,
+            TrainingConfig,
+            ComputeConfig,
+            OutputConfig,
+        )
         plain = {name: value for name, value in arguments.items() if name not in ("particles", "model")}
         config.refuse_unknown(plain, (*classes, *CONFIG_CLASSES), source)
         with job.logging():

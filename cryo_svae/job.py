@@ -21,7 +21,7 @@ import torch
 import cryo_svae
 from cryo_svae.config import read_yaml, write_yaml
 from cryo_svae.errors import InputError, OutputError
-from cryo_svae.formats.atomic import atomic_path, is_leftover
+from cryo_svae.formats.atomic import atomic_path, is_leftover, write_refused
 
 log = logging.getLogger("cryo_svae")
 
@@ -69,18 +69,20 @@ class _Plain(logging.Formatter):
         return mark + record.getMessage()
 
 
-class _LogFile(logging.FileHandler):
-    """run.log; what cannot be written to it ends the job with one message."""
+class _LogFile(logging.Handler):
+    """Appends messages to a file; a refusal of the system ends the job rather than printing a traceback."""
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Passes the system's refusal on, rather than printing a traceback."""
-        error = sys.exception()
-        if isinstance(error, OSError):
-            raise OutputError(
-                f"{self.baseFilename}: cannot be written: {error.strerror}.\n"
-                "  To mend: free some room on that disk, and resume."
-            ) from error
-        super().handleError(record)
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Appends one message."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(self.format(record) + "\n")
+        except OSError as error:
+            raise OutputError(write_refused(self.path, error)) from error
 
 
 class Job:
@@ -99,7 +101,7 @@ class Job:
     @contextlib.contextmanager
     def logging(self) -> Iterator[None]:
         """Messages go to the terminal and to run.log while this lasts."""
-        to_file = _LogFile(self.path("run.log"), encoding="utf-8")
+        to_file = _LogFile(self.path("run.log"))
         handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout), to_file, self._warnings]
         for handler in handlers:
             handler.setFormatter(_Plain())
@@ -111,7 +113,6 @@ class Job:
             for handler in handlers:
                 log.removeHandler(handler)
                 handler.flush()
-            to_file.close()
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -189,9 +190,7 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         file = path.open("a+")
     except OSError as error:
-        raise OutputError(
-            f"{folder}: cannot be written: {error.strerror}.\n  To mend: name a folder that you may write to."
-        ) from error
+        raise OutputError(write_refused(path, error)) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

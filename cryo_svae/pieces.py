@@ -31,7 +31,7 @@ class Pieces:
         """The work's results on the pieces of a batch, in order.
 
         Where memory runs out the pieces are halved from then on, which is warned of; ``undo`` takes back
-        what work left behind, and the batch begins anew. Raises TrainingError where one particle is too much.
+        what work left behind, and the batch begins anew. Raises TrainingError where not even one fits.
         """
         while True:
             size = min(self.largest or len(batch), len(batch))

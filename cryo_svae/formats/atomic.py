@@ -50,13 +50,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise OutputError(_message(path, error)) from error
+        raise OutputError(write_refused(path, error)) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def _message(path: Path, error: OSError) -> str:
+def write_refused(path: Path, error: OSError) -> str:
+    """The message of an OutputError: what the system said, and what helps."""
     what = error.strerror or str(error)
     remedy = _REMEDIES.get(error.errno or 0, "look at the disk and the folder, then try again.")
     return f"{path}: cannot be written: {what}.\n  To mend: {remedy}"

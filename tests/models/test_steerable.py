@@ -400,7 +400,7 @@ def test_rings_are_taken_in_as_their_signal_is_learned():
     first = engine.polar.n_rings
     engine.begin_epoch(0, 10)
     assert engine.polar.n_rings == first, "nothing is learned yet"
-    engine.signal_power[: first] = engine.noise
+    engine.signal_power[:first] = engine.noise
     engine.begin_epoch(1, 10)
     assert engine.polar.n_rings == first + steerable.MARGIN
     other = SteerableEngine(BOX, 1, SteerableConfig(max_shift_px=0.0))
