@@ -11,7 +11,6 @@ from cryo_svae.errors import InputError
 from cryo_svae.formats.mrc import StackInfo, read_stack_info
 from cryo_svae.formats.star import StarBlock, StarFile
 
-
 MOST_DIGITS = 19  # of a number in 64 bits
 
 
