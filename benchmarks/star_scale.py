@@ -2,7 +2,7 @@
 
 python -m benchmarks.star_scale [--rows 1000000] [--folder FOLDER]
 
-Ours reads the file as a job does (one cell for each label in every row, every number of CTF, optics and pose,
+Ours reads the file as a job does (a cell for each label in every row, the numbers of CTF, optics and pose,
 every stack opened, every slice there), appends the 12 columns of a job with two latent dimensions to the
 text, and writes it. starfile reads, appends the same columns, and writes; relion_star_handler reads and
 writes. Each runs in a process of its own, one after the other. The cells are then compared.
@@ -69,7 +69,6 @@ _rlnVoltage #6
 _rlnSphericalAberration #7 
 _rlnAmplitudeContrast #8 
 opticsGroup1 1 1.5 32 2 300.0 2.7 0.1 
- 
 
 # version 30001
 
@@ -208,10 +207,8 @@ def benchmark() -> None:
             process = subprocess.Popen([*command, "--program", program])
             _, _, usage = os.wait4(process.pid, 0)
             process.returncode = 0
-            gigabytes = usage.ru_maxrss / 1e6
-            print(
-                f"{program:20s} {'in all':22s} {time.monotonic() - began:6.1f} s, {gigabytes:.2f} GB at most"
-            )
+            seconds, gigabytes = time.monotonic() - began, usage.ru_maxrss / 1e6
+            print(f"{program:20s} {'in all':22s} {seconds:6.1f} s, {gigabytes:.2f} GB at most", flush=True)
         print(f"{differing(star, folder / 'cryo_svae.star')} rows with a cell that cryo_svae changed")
 
 

@@ -287,18 +287,18 @@ def check_cs(path: Path) -> str:
 
 @contextmanager
 def in_time() -> Iterator[None]:
-    """Raises TimeoutError in what takes longer than a file may."""
+    """AssertionError in what takes more of the processor's time than a file may."""
 
     def end(*_: object) -> None:
-        raise TimeoutError
+        raise AssertionError(f"no end after {SECONDS:g} s")
 
-    before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    before = signal.signal(signal.SIGPROF, end)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 # --- the command -----------------------------------------------------------------------------------
@@ -366,7 +366,8 @@ def benchmark() -> None:
     parser.add_argument("--only", choices=("star", "mrc", "cs"))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    in_memory = Path("/dev/shm")  # the disk's time is not what is tried here
+    with tempfile.TemporaryDirectory(dir=in_memory if in_memory.is_dir() else None) as folder:
         for kind in [options.only] if options.only else SHARES:
             began = time.monotonic()
             with_relion = shutil.which("relion_star_printtable") is not None

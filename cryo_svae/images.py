@@ -11,10 +11,14 @@ from cryo_svae.particles import ParticleSet
 
 
 class ImageSource:
-    """Images of a particle set; holds no image and no open file."""
+    """Images of a particle set; holds no image and no open file.
+
+    waited_s: seconds in which nothing was done but wait for images.
+    """
 
     def __init__(self, particles: ParticleSet) -> None:
         self.particles = particles
+        self.waited_s = 0.0
 
     def read(self, index: NDArray[np.intp]) -> NDArray[np.float32]:
         """Images (b, n, n) of particles ``index`` (b,), all of one box, in that order."""

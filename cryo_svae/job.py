@@ -121,6 +121,13 @@ class Job:
         yield
         self._timings[what] = round(time.monotonic() - began, 3)
 
+    def note_waiting(self, what: str, seconds: float) -> None:
+        """Adds the seconds that a timed part waited for images to the record, and says their share."""
+        self._timings[f"{what}, waiting for images"] = round(seconds, 3)
+        log.info(
+            "%s waited for images %.0f %% of its time", what, 100 * seconds / max(self._timings[what], 1e-9)
+        )
+
     def write_config(self, settings: Mapping[str, Any]) -> None:
         """The resolved settings, from which the run repeats."""
         with atomic_path(self.path(CONFIG)) as temporary:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -165,7 +166,9 @@ def prepared_images(
     with ThreadPoolExecutor(1) as reader:
         pending = [reader.submit(_prepare_particles, source, part, preparation) for part in parts[:1]]
         for number, part in enumerate(parts):
+            began = time.monotonic()
             images, usable = pending.pop().result()
+            source.waited_s += time.monotonic() - began
             if number + 1 < len(parts):
                 pending.append(reader.submit(_prepare_particles, source, parts[number + 1], preparation))
             yield part, images, usable

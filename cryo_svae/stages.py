@@ -151,6 +151,7 @@ def write_estimates(
     source = ImageSource(particles)
     with job.timed("estimation"):
         table = estimate(checkpoint, source, device)
+    job.note_waiting("estimation", source.waited_s)
     n_classes = settings["classes"] or averages.default_classes(len(particles))
     with job.timed("averages"):
         classes, result = average_classes(checkpoint, source, table, n_classes, settings["seed"], device)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cryo_svae.errors import InputError
 from cryo_svae.formats.star_table import SPACE, WHITE, StarBlock, StarFile, Text, decode, trim_white
 
-_CHUNK_BYTES = 1 << 24
+_CHUNK_BYTES = 1 << 20
 _TOKEN = re.compile(
     rb"""[\x00-\x20]*(?:
         (?P<comment>\#.*)
@@ -294,7 +294,7 @@ class _Reader:
         return bounds
 
     def _row_chunks(self, lines: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-        """Stretches of rows of some 16 MB."""
+        """Stretches of rows of some 1 MB."""
         begin = self.text.line_starts[lines]
         start = 0
         while start < len(lines):

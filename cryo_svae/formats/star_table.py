@@ -15,7 +15,7 @@ from cryo_svae.errors import InputError
 
 SPACE = 32  # every byte up to the space separates cells
 WHITE = bytes(range(SPACE + 1))
-CHUNK_ROWS = 1 << 15
+CHUNK_ROWS = 1 << 13
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?|inf|infinity|nan)", re.I | re.A)
 _LARGEST_EXACT_INTEGER = 2.0**53
 
