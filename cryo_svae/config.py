@@ -204,10 +204,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in content.items()}
 
 
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as YAML and JSON hold them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+
+
 def write_yaml(path: Path, settings: Mapping[str, Any]) -> None:
     """Settings as YAML, in their order, to a file that did not hold them before."""
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    path.write_text(yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True))
 
 
 def fits(value: Any, kind: Any) -> bool:

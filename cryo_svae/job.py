@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 import cryo_svae
-from cryo_svae.config import read_yaml, write_yaml
+from cryo_svae.config import plain, read_yaml, write_yaml
 from cryo_svae.errors import InputError, OutputError
 from cryo_svae.formats.atomic import atomic_path, is_leftover, write_refused
+from cryo_svae.formats.mrc import StackInfo
 
 log = logging.getLogger("cryo_svae")
 
@@ -133,8 +134,10 @@ class Job:
         with atomic_path(self.path(CONFIG)) as temporary:
             write_yaml(temporary, settings)
 
-    def write_record(self, inputs: Mapping[str, Any], seed: int, device: torch.device) -> None:
-        """run.json: versions, seed, inputs with digests, timings, warnings."""
+    def write_record(
+        self, inputs: Mapping[str, Any], settings: Mapping[str, Any], device: torch.device
+    ) -> None:
+        """run.json: versions, settings, inputs with digests, timings, warnings."""
         packages = ("torch", "numpy", "scipy", "mrcfile", "h5py")
         record = {
             "program": f"cryo_svae {cryo_svae.__version__}",
@@ -143,7 +146,8 @@ class Job:
             "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "threads": torch.get_num_threads(),
-            "seed": seed,
+            "seed": settings["seed"],
+            "config": plain(settings),
             "inputs": inputs,
             "seconds": self._timings,
             "warnings": self._warnings.texts,
@@ -241,3 +245,13 @@ def digest(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of_stacks(infos: Iterable[StackInfo]) -> str:
+    """SHA-256 of what tells stacks apart without reading them whole: names, sizes, first 64 KiB."""
+    whole = hashlib.sha256()
+    for info in infos:
+        whole.update(f"{info.path}\0{info.path.stat().st_size}\0".encode("utf-8", "surrogateescape"))
+        with info.path.open("rb") as file:
+            whole.update(file.read(1 << 16))
+    return whole.hexdigest()

@@ -34,7 +34,7 @@ from cryo_svae.formats.atomic import atomic_path
 from cryo_svae.formats.mrc import write_stack
 from cryo_svae.formats.star import write_tables
 from cryo_svae.images import ImageSource
-from cryo_svae.job import CHECKPOINT, Job, digest
+from cryo_svae.job import CHECKPOINT, Job, digest, digest_of_stacks
 from cryo_svae.particles import ParticleSet, read_source
 from cryo_svae.preprocessing import Preparation
 from cryo_svae.report.page import write_report
@@ -58,6 +58,8 @@ def describe(particles: ParticleSet) -> list[str]:
         f"box           {', '.join(map(str, boxes))} px",
         f"pixel size    {', '.join(f'{size:g}' for size in sizes)} Å",
     ]
+    if outside := outside_of_project(particles):
+        lines.append(f"outside       {len(outside):,} stack(s) of other folders: {', '.join(outside[:4])}")
     if particles.ctf is None:
         where = "file" if particles.cs is None else "file (it may be in a --passthrough file)"
         return [*lines, f"CTF           none in the {where}"]
@@ -68,6 +70,13 @@ def describe(particles: ParticleSet) -> list[str]:
         f"CTF           defocus {defocus.min():.2f} to {defocus.max():.2f} µm, "
         f"{', '.join(f'{v:g}' for v in voltages)} kV",
     ]
+
+
+def outside_of_project(particles: ParticleSet) -> list[str]:
+    """Stacks that are neither under the current folder nor beside or under the particle file."""
+    folders = [Path.cwd().resolve(), particles.star.path.resolve().parent]
+    found = [info.path.resolve() for info in particles.stacks]
+    return [str(path) for path in found if not any(path.is_relative_to(folder) for folder in folders)]
 
 
 def _style(particles: ParticleSet) -> str:
@@ -208,11 +217,19 @@ def write_record(job: Job, particles: ParticleSet, settings: Mapping[str, Any]) 
     """run.json, with what was read."""
     star = particles.star.path
     stacks = {str(info.path): info.path.stat().st_size for info in particles.stacks[:1000]}
-    inputs = {"star": str(star), "sha256": digest(star), "particles": len(particles), "stack_bytes": stacks}
+    inputs = {
+        "star": str(star),
+        "sha256": digest(star),
+        "particles": len(particles),
+        "stack_bytes": stacks,
+        "stacks_sha256": digest_of_stacks(particles.stacks),
+    }
     if settings.get("passthrough"):
         other = Path(settings["passthrough"])
         inputs |= {"passthrough": str(other), "passthrough_sha256": digest(other)}
-    job.write_record(inputs, settings["seed"], pick_device(settings["device"]))
+    if settings.get("model"):
+        inputs |= {"model": str(settings["model"]), "model_sha256": digest(Path(settings["model"]))}
+    job.write_record(inputs, settings, pick_device(settings["device"]))
 
 
 def load_particles(settings: Mapping[str, Any], source: str) -> ParticleSet:
