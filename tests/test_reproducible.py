@@ -43,7 +43,10 @@ def test_a_job_repeats_from_its_own_settings(make_dataset, tmp_path, command):
     assert main([command, "--config", str(settings), "--out", str(tmp_path / "b")]) == 0
     assert settings.read_bytes() == (tmp_path / "b" / "config.yaml").read_bytes()
     if command == "train":
-        bounds = [[line.split("\t")[:-1] for line in (tmp_path / j / "epochs.tsv").open()] for j in "ab"]
+        bounds = [
+            [line.split("\t")[:-1] for line in (tmp_path / j / "epochs.tsv").read_text().splitlines()]
+            for j in "ab"
+        ]
         assert bounds[0] == bounds[1]
     else:
         assert differing(tmp_path / "a", tmp_path / "b") == []
