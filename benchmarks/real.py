@@ -78,7 +78,7 @@ def relion(
         block = read_star(work / star.name).block("particles")
         reach = setting.max_shift_angst / pixel_size_angst
         command = [
-            f"relion_refine --o run --i {star.name} --dont_combine_weights_via_disc --preread_images",
+            f"relion_refine --o ./run --i {star.name} --dont_combine_weights_via_disc --preread_images",
             f"--pool 30 --pad 2 --iter {iterations} --tau2_fudge 2 --flatten_solvent --zero_mask",
             f"--particle_diameter {setting.diameter_angst:.0f} --K {setting.classes} --oversampling 1",
             f"--psi_step 12 --offset_range {reach:.0f} --offset_step 2 --norm --scale --j 1",

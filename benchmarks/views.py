@@ -76,7 +76,7 @@ def relion_row(
         write_simulated(work, simulated, config)
         diameter = 0.9 * config.box * simulated.pixel_size_angst
         command = [
-            "relion_refine --o run --i particles.star --dont_combine_weights_via_disc --preread_images",
+            "relion_refine --o ./run --i particles.star --dont_combine_weights_via_disc --preread_images",
             f"--pool 30 --pad 1 --ctf --iter {iterations} --particle_diameter {diameter:.0f}",
             f"--K {classes} --flatten_solvent --zero_mask --oversampling 1 --psi_step 12 --offset_range 3",
             "--tau2_fudge 2 --offset_step 2 --norm --scale --j 2 --random_seed 1",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -109,7 +110,7 @@ def run_job(
 ) -> None:
     """Runs a stage on parsed arguments; what ``before_batch`` raises between batches ends it."""
     from cryo_svae import distributed, stages
-    from cryo_svae.job import open_job, settings_to_resume
+    from cryo_svae.job import Job, open_job, settings_to_resume
     from cryo_svae.models import CONFIG_CLASSES
 
     out, source = arguments.pop("out"), "the command line"
@@ -131,12 +132,14 @@ def run_job(
                 remedy="see cryo-svae --help.",
             )
     classes = (SourceConfig, PreparationConfig, ModelConfig, TrainingConfig, ComputeConfig, OutputConfig)
-    with distributed.processes():
+    with distributed.processes(), contextlib.ExitStack() as held:
         if distributed.restarted():  # with the same arguments, but not to start anew
             overwrite, resume = False, True
-        with distributed.first_goes_first():
-            first = distributed.rank() == 0  # the others find the folder as it left it
-            job = open_job(out, overwrite=overwrite and first, resume=resume or not first)
+        with distributed.first_goes_first():  # the others find the folder as it left it
+            if distributed.rank() == 0:
+                job = held.enter_context(open_job(out, overwrite=overwrite, resume=resume))
+            else:
+                job = Job(out)
             job.before_batch = before_batch
             if resume:
                 arguments = settings_to_resume(job, arguments)

@@ -143,7 +143,8 @@ class OutputConfig:
         check(self.classes is None or self.classes >= 1, "classes", self.classes, "1 or more")
 
 
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
+def alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         return typing.get_args(annotation)
     return (annotation,)
@@ -162,7 +163,7 @@ def add_options(parser: argparse.ArgumentParser, *config_classes: type) -> None:
         )
         hints = typing.get_type_hints(config_class)
         for item in options_of(config_class):
-            kinds = [kind for kind in _alternatives(hints[item.name]) if kind is not type(None)]
+            kinds = [kind for kind in alternatives(hints[item.name]) if kind is not type(None)]
             help_text = item.metadata["help"]
             if item.default is not None and item.default is not False:
                 help_text += f" [{item.default}]"
@@ -203,13 +204,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(name).replace("-", "_"): value for name, value in content.items()}
 
 
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as YAML and JSON hold them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+
+
 def write_yaml(path: Path, settings: Mapping[str, Any]) -> None:
     """Settings as YAML, in their order, to a file that did not hold them before."""
-    plain = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    path.write_text(yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True))
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a plain value is of a field's type; a whole number is a number."""
     if typing.get_origin(kind) is Literal:
         return value in typing.get_args(kind)
     if kind is float:
@@ -229,8 +235,8 @@ def build(config_class: type[Config], settings: Mapping[str, Any], source: str) 
         if item.name not in settings:
             continue
         value = settings[item.name]
-        kinds = _alternatives(hints[item.name])
-        if not any(_fits(value, kind) for kind in kinds):
+        kinds = alternatives(hints[item.name])
+        if not any(fits(value, kind) for kind in kinds):
             names = " or ".join(getattr(k, "__name__", str(k)) for k in kinds)
             raise InputError(
                 source, column=item.name, found=repr(value), expected=names, remedy="mend this setting."

@@ -14,6 +14,7 @@ from cryo_svae import distributed, geometry
 from cryo_svae.checkpoint import Checkpoint
 from cryo_svae.images import ImageSource
 from cryo_svae.models.engine import Batch, Posterior
+from cryo_svae.pieces import Pieces
 from cryo_svae.preprocessing import CHUNK, prepared_images, working_ctf
 
 Reals = NDArray[np.float64]
@@ -81,6 +82,7 @@ def estimate(
     if checkpoint.use_ctf and source.particles.ctf is not None:
         ctf = working_ctf(source.particles.ctf, checkpoint.preparation)
     parts: list[Posterior] = []
+    pieces = Pieces()
     own = np.arange(n_particles)[distributed.block(n_particles, CHUNK)]
     rows = [own[:0]]
     chunks = prepared_images(source, own, checkpoint.preparation, CHUNK)
@@ -94,7 +96,7 @@ def estimate(
                 row = torch.from_numpy(kept[start : start + batch_size])
                 image = represented[start : start + batch_size]
                 batch = Batch(row, image, None if ctf is None else ctf[row])
-                parts.append(engine.infer(batch.to(device)).to("cpu"))
+                parts += pieces.of(batch, lambda piece: engine.infer(piece.to(device)).to("cpu"))
             rows.append(kept)
             progress.update(len(index))
     posterior = Posterior.cat(parts) if parts else _nothing(engine.z_dim)

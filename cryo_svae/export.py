@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cryo_svae.estimation import EstimateTable
 from cryo_svae.formats.cs import write_cs
 from cryo_svae.formats.results import write_arrays
-from cryo_svae.formats.star import write_star
+from cryo_svae.formats.star import Numbers, write_star
 from cryo_svae.interchange import Noted, cs_fields
 from cryo_svae.particles import ParticleSet
 
@@ -45,7 +45,7 @@ def _columns(
 
 def star_columns(
     particles: ParticleSet, table: EstimateTable, class_number: NDArray[np.intp], overwrite_pose: bool
-) -> dict[str, list[str]]:
+) -> dict[str, Numbers]:
     """Columns to add to (or replace in) the particles block, label to cells.
 
     3-D poses of the input are kept unless ``overwrite_pose``; ours then go to svae columns.
@@ -61,7 +61,7 @@ def star_columns(
     elif particles.is_relion30:
         origin_px = table.origin_angst / particles.pixel_size_angst[:, None]
         columns |= {f"rlnOrigin{axis}": (origin_px[:, k], "%.6f") for k, axis in enumerate("XY")}
-    return {label: [form % value for value in values.tolist()] for label, (values, form) in columns.items()}
+    return {label: Numbers(values, form) for label, (values, form) in columns.items()}
 
 
 def write_particles(

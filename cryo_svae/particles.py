@@ -270,6 +270,10 @@ class ParticleColumns:
         label = "rlnOpticsGroupName" if self.optics.has("rlnOpticsGroupName") else "rlnOpticsGroup"
         return self.row_of_optics, tuple(self.optics.text(label))
 
+    def has(self, label: str) -> bool:
+        """Whether the optics groups or the particles have such a column."""
+        return self.block.has(label) or (self.optics is not None and self.optics.has(label))
+
     def of_particles(self, label: str) -> NDArray[np.float64] | None:
         """A finite number for each particle, from its own block."""
         return self._finite(self.block, label) if self.block.has(label) else None
@@ -339,7 +343,7 @@ def pixel_sizes(columns: ParticleColumns, given_angst: float | None) -> NDArray[
 
 def _ctf(columns: ParticleColumns, pixel_size_angst: NDArray[np.float64]) -> CtfTable | None:
     """CTF parameters, where the file holds any; a part of them only is an error."""
-    if columns.get("rlnDefocusU") is None:
+    if not columns.has("rlnDefocusU"):
         return None
     labels = {
         "voltage_kv": "rlnVoltage",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -166,7 +167,9 @@ def prepared_images(
         pending = [reader.submit(_prepare_particles, source, part, preparation) for part in parts[:1]]
         for number, part in enumerate(parts):
             distributed.stop_if_asked()
+            began = time.monotonic()
             images, usable = pending.pop().result()
+            source.waited_s += time.monotonic() - began
             if number + 1 < len(parts):
                 pending.append(reader.submit(_prepare_particles, source, parts[number + 1], preparation))
             yield part, images, usable

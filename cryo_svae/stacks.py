@@ -11,24 +11,34 @@ from cryo_svae.errors import InputError
 from cryo_svae.formats.mrc import StackInfo, read_stack_info
 from cryo_svae.formats.star import StarBlock, StarFile
 
+MOST_DIGITS = 19  # of a number in 64 bits
+
+
+class _Slices(dict[str, int]):
+    """0-based numbers of images by their texts; -1 for what is no number above 0."""
+
+    def __missing__(self, text: str) -> int:
+        is_number = text.isdecimal() and text.isascii() and len(text) < MOST_DIGITS
+        self[text] = int(text) - 1 if is_number else -1
+        return self[text]
+
 
 def image_names(star: StarFile, block: StarBlock) -> tuple[list[str], NDArray[np.intp]]:
     """The stack that rlnImageName names for each particle, and the 0-based image (n,) in it."""
-    stacks: list[str] = []
-    slice_of = np.empty(block.n_rows, dtype=np.intp)
-    for row, name in enumerate(block.text("rlnImageName")):
-        number, at, stack = name.partition("@")
-        if not at or not number.isdecimal() or not number.isascii() or int(number) == 0 or not stack:
-            raise InputError(
-                star.path,
-                line=block.line_of(row),
-                column=f"_rlnImageName (#{block.labels.index('rlnImageName') + 1})",
-                found=f"'{name}'",
-                expected="'<slice>@<stack>', slices counted from 1",
-                remedy="name the image within its stack, e.g. '000001@stack.mrcs'.",
-            )
-        stacks.append(stack)
-        slice_of[row] = int(number) - 1
+    names = block.text("rlnImageName")
+    slices = _Slices()
+    slice_of = np.fromiter((slices[name.partition("@")[0]] for name in names), np.intp, len(names))
+    stacks = [name.partition("@")[2] for name in names]
+    if (slice_of < 0).any() or not all(stacks):
+        row = next(row for row, stack in enumerate(stacks) if slice_of[row] < 0 or not stack)
+        raise InputError(
+            star.path,
+            line=block.line_of(row),
+            column=f"_rlnImageName (#{block.labels.index('rlnImageName') + 1})",
+            found=f"'{names[row]}'",
+            expected="'<slice>@<stack>', slices counted from 1",
+            remedy="name the image within its stack, e.g. '000001@stack.mrcs'.",
+        )
     return stacks, slice_of
 
 
@@ -40,15 +50,12 @@ def find_stacks(
     Raises InputError where a stack or an image is not there, or a box is odd or not square.
     """
     names, slice_of = image_names(star, block)
-    stack_of = np.empty(len(names), dtype=np.intp)
     index_of: dict[str, int] = {}
-    first_row: list[int] = []
-    for row, stack in enumerate(names):
-        if stack not in index_of:
-            index_of[stack] = len(index_of)
-            first_row.append(row)
-        stack_of[row] = index_of[stack]
-    lines = [block.line_of(row) for row in first_row]
+    stack_of = np.fromiter(
+        (index_of.setdefault(name, len(index_of)) for name in names), np.intp, len(names)
+    )
+    first_rows = np.unique(stack_of, return_index=True)[1]
+    lines = [block.line_of(int(row)) for row in first_rows]
     infos = [_stack(star, name, line, datadir) for name, line in zip(index_of, lines, strict=True)]
     sizes = np.array([info.n_images for info in infos])
     beyond = np.flatnonzero(slice_of >= sizes[stack_of])

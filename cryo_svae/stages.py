@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from cryo_svae import averages, config, distributed, export, latent
 from cryo_svae.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cryo_svae.class2d import classes_table, write_class2d
 from cryo_svae.config import ComputeConfig, OutputConfig, SourceConfig
+from cryo_svae.errors import TrainingError
 from cryo_svae.estimation import estimate
 from cryo_svae.fitting import (
     Plan,
@@ -32,7 +34,7 @@ from cryo_svae.formats.atomic import atomic_path
 from cryo_svae.formats.mrc import write_stack
 from cryo_svae.formats.star import write_tables
 from cryo_svae.images import ImageSource
-from cryo_svae.job import CHECKPOINT, Job, digest
+from cryo_svae.job import CHECKPOINT, Job, digest, digest_of_stacks
 from cryo_svae.particles import ParticleSet, read_source
 from cryo_svae.preprocessing import Preparation
 from cryo_svae.report.page import write_report
@@ -56,6 +58,8 @@ def describe(particles: ParticleSet) -> list[str]:
         f"box           {', '.join(map(str, boxes))} px",
         f"pixel size    {', '.join(f'{size:g}' for size in sizes)} Å",
     ]
+    if outside := outside_of_project(particles):
+        lines.append(f"outside       {len(outside):,} stack(s) of other folders: {', '.join(outside[:4])}")
     if particles.ctf is None:
         where = "file" if particles.cs is None else "file (it may be in a --passthrough file)"
         return [*lines, f"CTF           none in the {where}"]
@@ -66,6 +70,13 @@ def describe(particles: ParticleSet) -> list[str]:
         f"CTF           defocus {defocus.min():.2f} to {defocus.max():.2f} µm, "
         f"{', '.join(f'{v:g}' for v in voltages)} kV",
     ]
+
+
+def outside_of_project(particles: ParticleSet) -> list[str]:
+    """Stacks that are neither under the current folder nor beside or under the particle file."""
+    folders = [Path.cwd().resolve(), particles.star.path.resolve().parent]
+    found = [info.path.resolve() for info in particles.stacks]
+    return [str(path) for path in found if not any(path.is_relative_to(folder) for folder in folders)]
 
 
 def _style(particles: ParticleSet) -> str:
@@ -106,9 +117,21 @@ def train(job: Job, particles: ParticleSet, plan: Plan) -> Checkpoint:
                 row["seconds"],
             )
 
-    with job.timed("training"):
+    with job.timed("training"), _naming_the_checkpoint(path):
         fit_checkpoint(checkpoint, particles, plan, job.folder, on_epoch, job.before_batch)
     return checkpoint
+
+
+@contextmanager
+def _naming_the_checkpoint(path: Path) -> Iterator[None]:
+    """An error of training also says where the last good model is."""
+    try:
+        yield
+    except TrainingError as error:
+        if not path.exists():
+            raise
+        epochs = load_checkpoint(path).epochs_done
+        raise TrainingError(f"{error}\n  The last good model, after epoch {epochs}, is {path}.") from error
 
 
 def check_contrast(images: ImageSource, preparation: Preparation) -> float:
@@ -145,6 +168,7 @@ def write_estimates(
     distributed.part()
     if distributed.rank() > 0:
         return
+    job.note_waiting("estimation", source.waited_s)
     n_classes = settings["classes"] or averages.default_classes(len(particles))
     with job.timed("averages"):
         classes, result = average_classes(checkpoint, source, table, n_classes, settings["seed"], device)
@@ -200,11 +224,19 @@ def write_record(job: Job, particles: ParticleSet, settings: Mapping[str, Any]) 
     """run.json, with what was read."""
     star = particles.star.path
     stacks = {str(info.path): info.path.stat().st_size for info in particles.stacks[:1000]}
-    inputs = {"star": str(star), "sha256": digest(star), "particles": len(particles), "stack_bytes": stacks}
+    inputs = {
+        "star": str(star),
+        "sha256": digest(star),
+        "particles": len(particles),
+        "stack_bytes": stacks,
+        "stacks_sha256": digest_of_stacks(particles.stacks),
+    }
     if settings.get("passthrough"):
         other = Path(settings["passthrough"])
         inputs |= {"passthrough": str(other), "passthrough_sha256": digest(other)}
-    job.write_record(inputs, settings["seed"], pick_device(settings["device"]))
+    if settings.get("model"):
+        inputs |= {"model": str(settings["model"]), "model_sha256": digest(Path(settings["model"]))}
+    job.write_record(inputs, settings, pick_device(settings["device"]))
 
 
 def load_particles(settings: Mapping[str, Any], source: str) -> ParticleSet:

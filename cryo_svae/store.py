@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from torch import Tensor
 from cryo_svae import distributed
 from cryo_svae.ctf import CtfTable
 from cryo_svae.distributed import Share
-from cryo_svae.errors import InputError
+from cryo_svae.errors import InputError, OutputError
 from cryo_svae.images import ImageSource
 from cryo_svae.models.engine import Batch, Engine
 from cryo_svae.preprocessing import Preparation, prepared_images, working_ctf
@@ -109,8 +111,15 @@ def build_store(
 
 
 def _allocate(shape: tuple[int, ...], scratch: Path) -> Tensor:
-    if 4 * int(np.prod(shape)) <= IN_MEMORY_BYTES:
+    if 4 * math.prod(shape) <= IN_MEMORY_BYTES:
         return torch.empty(shape)
     with tempfile.TemporaryFile(dir=scratch) as file:
+        try:  # a mapped file that then finds no room would end the process without a word
+            os.posix_fallocate(file.fileno(), 0, 2 * math.prod(shape))
+        except OSError as error:
+            raise OutputError(
+                f"{scratch}: no room for {2 * math.prod(shape) / 1e9:.1f} GB of prepared particles "
+                f"({error.strerror}).\n  To mend: free room on that disk, or name another by --out."
+            ) from error
         mapped = np.memmap(file, dtype=np.float16, mode="w+", shape=shape)
     return torch.from_numpy(mapped)

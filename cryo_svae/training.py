@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Int
@@ -22,7 +23,8 @@ from tqdm import tqdm
 from cryo_svae import distributed
 from cryo_svae.checkpoint import Checkpoint
 from cryo_svae.errors import TrainingError
-from cryo_svae.models.engine import Engine
+from cryo_svae.models.engine import Batch, ElboTerms, Engine
+from cryo_svae.pieces import Pieces
 from cryo_svae.store import TrainingStore
 
 WARM_UP = 0.3  # share of the steps in which a one-cycle learning rate rises
@@ -83,6 +85,7 @@ def fit(
     """
     engine = checkpoint.engine.to(device)
     train, held = split_held_out(len(store), schedule.held_out, schedule.seed)
+    pieces = Pieces()
     if checkpoint.epochs_done == 0:
         seed_everything(schedule.seed, -1)
         engine.start((b.to(device) for b in store.batches(train, schedule.batch_size)), len(store))
@@ -114,24 +117,19 @@ def fit(
             step = epoch * steps_an_epoch + number
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, schedule.epochs * steps_an_epoch, schedule)
-            with _autocast(device):
-                terms = bound(batch.to(device))
-            kl = terms.kl_z + terms.kl_pose
-            losses = (engine.kl_weight * kl - terms.log_likelihood)[: batch.n_own]
-            loss = losses.sum() / (batch.n_whole / distributed.world())  # gradients are averaged over ranks
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            share = batch.n_whole / distributed.world()  # gradients are averaged over the processes
+            work = partial(_backward, bound, kl_weight=engine.kl_weight, device=device, n_particles=share)
+            sums += torch.stack(pieces.of(batch, work, undo=optimizer.zero_grad)).sum(0)
             optimizer.step()
-            parts = torch.stack([terms.elbo, terms.log_likelihood, terms.kl_z, terms.kl_pose])
-            sums += parts[:, : batch.n_own].detach().double().sum(1)
         (sums,) = distributed.totals(sums)
         means = (sums / len(train)).tolist()
-        if not all(math.isfinite(value) for value in means):
+        held_elbo = _held_out_elbo(engine, store, held, schedule, device, pieces)
+        if not all(map(math.isfinite, [*means, held_elbo if len(held) else 0.0])) or not _is_finite(engine):
             raise TrainingError(
-                f"epoch {epoch + 1}: the bound is not a number.\n  To mend: the checkpoint of epoch {epoch}"
-                " is kept; train again from the start with a smaller --learning-rate."
+                f"epoch {epoch + 1}: the bound is not a number.\n"
+                "  To mend: train again from the start with a smaller --learning-rate."
             )
-        held_elbo = _held_out_elbo(engine, store, held, schedule, device)
         row = (float(epoch + 1), *means, held_elbo, time.monotonic() - began)
         checkpoint.history.append(dict(zip(EPOCH_COLUMNS, row, strict=True)))
         checkpoint.optimizer = optimizer.state_dict()
@@ -141,6 +139,27 @@ def fit(
         on_epoch(checkpoint)
 
 
+def _backward(
+    bound: Callable[[Batch], ElboTerms],
+    batch: Batch,
+    *,
+    kl_weight: float,
+    device: torch.device,
+    n_particles: float,
+) -> Tensor:
+    """Adds the gradients of a piece of a batch of n; sums of its bound and the bound's parts."""
+    with _autocast(device):
+        terms = bound(batch.to(device))
+    losses = kl_weight * (terms.kl_z + terms.kl_pose) - terms.log_likelihood
+    (losses[: batch.n_own].sum() / n_particles).backward()
+    parts = torch.stack([terms.elbo, terms.log_likelihood, terms.kl_z, terms.kl_pose])
+    return parts[:, : batch.n_own].detach().double().sum(1)
+
+
+def _is_finite(engine: Engine) -> bool:
+    return all(bool(values.isfinite().all()) for values in engine.parameters())
+
+
 def _autocast(device: torch.device) -> torch.autocast:
     """bfloat16 where the device has matrix units for it; the CPU stays at float32."""
     able = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -148,7 +167,12 @@ def _autocast(device: torch.device) -> torch.autocast:
 
 
 def _held_out_elbo(
-    engine: Engine, store: TrainingStore, held: Tensor, schedule: Schedule, device: torch.device
+    engine: Engine,
+    store: TrainingStore,
+    held: Tensor,
+    schedule: Schedule,
+    device: torch.device,
+    pieces: Pieces,
 ) -> float:
     """Mean bound of the particles kept out, NaN where there is none; the same draws every epoch."""
     if len(held) == 0:
@@ -156,8 +180,11 @@ def _held_out_elbo(
     seed_everything(schedule.seed, -1)
     engine.eval()
     with torch.no_grad():
-        batches = store.batches(held, schedule.batch_size)
-        bounds = [engine.elbo(b.to(device)).elbo[: b.n_own] for b in batches]
+        bounds = [
+            bound
+            for batch in store.batches(held, schedule.batch_size)
+            for bound in pieces.of(batch, lambda piece: engine.elbo(piece.to(device)).elbo[: piece.n_own])
+        ]
     (total,) = distributed.totals(torch.cat(bounds).sum(dtype=torch.float64))
     return float(total / len(held))
 

@@ -16,7 +16,7 @@ LAYERS = [
     {"config", "distributed", "geometry", "formats"},
     {"ctf", "polar", "interchange", "stacks"},
     {"particles", "models"},
-    {"images", "simulate", "conversion"},
+    {"images", "pieces", "simulate", "conversion"},
     {"preprocessing"},
     {"store", "checkpoint"},
     {"training", "estimation"},

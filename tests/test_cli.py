@@ -15,6 +15,7 @@ import yaml
 
 from cryo_svae import stages
 from cryo_svae.cli import main
+from cryo_svae.formats.atomic import is_leftover
 from cryo_svae.formats.mrc import read_images
 from cryo_svae.formats.star import read_star, write_tables
 from tests.conftest import image_names, optics_columns
@@ -290,7 +291,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing_half_written(make_dataset
         said = capsys.readouterr().err
         assert "No space left" in said
         assert not (mount / "job" / "particles.star").exists()
-        assert not [path for path in (mount / "job").iterdir() if path.name.startswith(".")]
+        assert not [path for path in (mount / "job").iterdir() if is_leftover(path)]
     finally:
         subprocess.run(["umount", str(mount)], check=True)
 

@@ -15,6 +15,7 @@ import torch
 
 from cryo_svae import stages
 from cryo_svae.formats.star import read_star
+from cryo_svae.job import LOCK
 from cryo_svae.relion_job import main, our_options, output_nodes, relion_version
 from tests.conftest import REPOSITORY
 
@@ -53,7 +54,7 @@ def markers(folder: Path) -> list[str]:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob(".*") if path.is_file()]
+    return [path for path in folder.rglob(".*") if path.is_file() and path.name != LOCK]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,13 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "give a shorter name.",
 }
 
+_TEMPORARY = re.compile(r"\..{1,64}\.[0-9a-f]{8}\.part(\.[^.]+)?")
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a name is one that ``atomic_path`` gives while writing, and a killed process left."""
+    return bool(_TEMPORARY.fullmatch(path.name))
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -34,7 +42,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     Raises OutputError where the system refuses (disk full, read-only or missing folder).
     """
-    temporary = path.with_name(f".{path.stem[:64]}.{secrets.token_hex(4)}{path.suffix}")
+    temporary = path.with_name(f".{path.stem[:64]}.{secrets.token_hex(4)}.part{path.suffix}")
     try:
         temporary.touch(exist_ok=False)  # refuses now rather than after hours of work
         yield temporary
@@ -42,13 +50,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise OutputError(_message(path, error)) from error
+        raise OutputError(write_refused(path, error)) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def _message(path: Path, error: OSError) -> str:
+def write_refused(path: Path, error: OSError) -> str:
+    """The message of an OutputError: what the system said, and what helps."""
     what = error.strerror or str(error)
     remedy = _REMEDIES.get(error.errno or 0, "look at the disk and the folder, then try again.")
     return f"{path}: cannot be written: {what}.\n  To mend: {remedy}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from cryo_svae.formats.atomic import atomic_path
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], attributes: Mapping[str, str]) -> None:
     """Data sets and file attributes, whole or not at all; no time stamps, so equal input is equal bytes."""
-    with atomic_path(path) as temporary, h5py.File(temporary, "w", track_order=True) as file:
+    content = BytesIO()  # HDF5's own writer turns a full disk into a RuntimeError
+    with h5py.File(content, "w", track_order=True) as file:
         for name, values in arrays.items():
             file.create_dataset(name, data=np.ascontiguousarray(values), track_times=False)
         for name, text in attributes.items():
             file.attrs[name] = text
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.getbuffer())
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:

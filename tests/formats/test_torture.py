@@ -1,0 +1,73 @@
+"""Damaged and made-up files: read rightly, or refused with one InputError; see benchmarks.torture."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import struct
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.torture import check_mrc, check_star, torture
+from cryo_svae.errors import InputError
+from cryo_svae.formats.mrc import read_images
+from cryo_svae.formats.star import read_star
+
+CASES = 300
+
+
+@pytest.mark.parametrize("kind", ["star", "mrc", "cs"])
+def test_damaged_files_are_read_rightly_or_refused(shared_data: Path, tmp_path: Path, kind: str) -> None:
+    seen = torture(kind, shared_data, CASES, os.getpid(), tmp_path)
+    assert seen["read"]
+    assert seen["refused"]
+
+
+@pytest.mark.parametrize("kind", ["star", "mrc"])
+def test_made_up_files_are_read_rightly_or_refused(tmp_path: Path, kind: str) -> None:
+    seen = torture(kind, tmp_path, CASES, os.getpid(), tmp_path)
+    assert seen["read"]
+    assert seen["refused"]
+
+
+def test_the_checks_fail_on_a_wrong_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that is off by a little is found out by its judges."""
+    path = tmp_path / "a.star"
+    path.write_text("data_\nloop_\n_a\n1.5\n2.5\n")
+    assert check_star(path) == "read"
+    monkeypatch.setattr("benchmarks.torture.read_star", lambda path: _shifted(read_star(path)))
+    with pytest.raises(AssertionError):
+        check_star(path)
+    stack = tmp_path / "a.mrcs"
+    header = bytearray(1024)
+    struct.pack_into("<4i", header, 0, 2, 2, 1, 2)
+    stack.write_bytes(bytes(header) + struct.pack("<4f", 1, 2, 3, 4))
+    assert check_mrc(stack) == "read"
+    monkeypatch.setattr("benchmarks.torture.read_images", lambda *given: read_images(*given) + 1)
+    with pytest.raises(AssertionError):
+        check_mrc(stack)
+
+
+def _shifted(star):
+    for block in star.blocks:
+        block._bounds[:, 0] += 1
+    return star
+
+
+@pytest.mark.parametrize("pack", [".mrcs", ".mrcs.gz"])
+def test_a_header_that_claims_a_world_of_pixels_costs_nothing(tmp_path: Path, pack: str) -> None:
+    header = bytearray(1024)
+    struct.pack_into("<4i", header, 0, 10**9, 10**9, 2**31 - 1, 2)
+    path = tmp_path / f"big{pack}"
+    content = bytes(header) + bytes(100)
+    path.write_bytes(gzip.compress(content) if pack.endswith("gz") else content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match="1000000000 x 1000000000 px"):
+            read_images(path, np.array([0, 5]))
+        assert tracemalloc.get_traced_memory()[1] < 40_000_000
+    finally:
+        tracemalloc.stop()
