@@ -101,7 +101,7 @@ def line(name: str, averages: ClassAverages, seconds: float) -> str:
     ring = (averages.frc * share[:, None]).sum(0)
     curve = " ".join(f"{value:5.2f}" for value in ring[2::2])
     filled = int((averages.n_particles > 0).sum())
-    return f"{name:12s} {seconds:6.0f} {filled:8d}   {curve}"
+    return f"{name:16s} {seconds:6.0f} {filled:8d}   {curve}"
 
 
 def draw(path: Path, rows: dict[str, np.ndarray]) -> None:
@@ -142,7 +142,7 @@ def main() -> None:
         shells = " ".join(f"{side / ring:5.1f}" for ring in range(2, preparation.box_px // 2, 2))
         lines += [
             f"{name}: FRC of half-sets, mean of classes",
-            f"{'':12s} {'s':>6s} {'classes':>8s}   {shells} Å",
+            f"{'':16s} {'s':>6s} {'classes':>8s}   {shells} Å",
         ]
         pictures = {}
         for program, (its_table, its_number, its_seconds) in found.items():
@@ -151,6 +151,11 @@ def main() -> None:
                 use_ctf=model.checkpoint.use_ctf, seed=SEED, device=torch.device("cpu"),
             )  # fmt: skip
             lines.append(line(program, averages, its_seconds))
+            together = class_averages(
+                ImageSource(particles), its_table, np.ones_like(its_number), 1, preparation,
+                use_ctf=model.checkpoint.use_ctf, seed=SEED, device=torch.device("cpu"),
+            )  # fmt: skip
+            lines.append(line(f"{program}, as one", together, its_seconds))
             order = np.argsort(-averages.n_particles)
             pictures[f"{program}: class averages"] = averages.image[order]
         centres = np.stack(

@@ -73,7 +73,8 @@ class SteerableEngine(Engine):
     shift_variance: of each component of the origin, px².
     signal_energy:  running average of <h² c / sigma², c>, the log evidence scale of a particle.
     origin_px:      current origin of each training particle (n, 2).
-    level:          coefficients of the soft disc itself (2, p).
+    level:          real parts of the coefficients of the soft disc itself (p,).
+    mean_level:     of the training images, in units of the disc.
     noise_dof:      how many independent numbers white noise has on each ring (r,), the level taken off.
     known_z:        contents of some training particles (k, d), seen last.
     """
@@ -85,6 +86,7 @@ class SteerableEngine(Engine):
     tables: ClassVar[tuple[str, ...]] = ("origin_px",)
 
     level: Tensor
+    mean_level: Tensor
     noise_dof: Tensor
     n_rings: Tensor
     noise_variance: Tensor
@@ -101,8 +103,10 @@ class SteerableEngine(Engine):
         self.mask_radius_px = min(config.mask_radius_px, box_px / 2)
         self.full = PolarTransform(box_px, self.mask_radius_px, config.max_shift_px)
         self.polar = self.full
-        self.register_buffer("level", self.full(torch.ones(1, box_px, box_px))[0], persistent=False)
-        taken = torch.zeros(self.full.n_rings).index_add_(0, self.full.ring, self.level.square().sum(0))
+        disc = self.full(torch.ones(1, box_px, box_px))[0, 0] * (self.full.order == 0)
+        self.register_buffer("level", disc, persistent=False)
+        self.register_buffer("mean_level", torch.tensor(0.0))
+        taken = torch.zeros(self.full.n_rings).index_add_(0, self.full.ring, disc.square())
         left = self.full.noise_dof - taken / taken.sum()
         self.register_buffer("noise_dof", torch.maximum(left, 0.1 * self.full.noise_dof), persistent=False)
         self.encoder = InvariantEncoder(self.full, z_dim)
@@ -124,29 +128,34 @@ class SteerableEngine(Engine):
         self._look_as_far_as(int(self.n_rings))
 
     def represent(self, images: Float[Tensor, "b n n"]) -> Float[Tensor, "b 2 p"]:
-        """Packed angular coefficients of prepared images, without their level inside the soft disc.
-
-        The level that the preparation takes for background is known from few pixels, and its error
-        fills the whole disc: left in, it is the strongest variation of many sets, and z is spent on it.
-        """
-        whole, level = self.full.forward(images), self.level
-        excess = torch.einsum("bcp,cp->b", whole, level) / level.square().sum()
-        return whole - excess[:, None, None] * level
+        """Packed angular coefficients of prepared images."""
+        return self.full.forward(images)
 
     def start(self, batches: Iterator[Batch], n_particles: int) -> None:
         """Noise from the rings' power, scale and mean of the generator from the data, all origins 0."""
         self._look_as_far_as(self.full.n_rings)
         polar, ring = self.polar, self.polar.ring
         power, passed = torch.zeros_like(self.noise_variance), torch.zeros_like(self.noise_variance)
-        total, n = torch.zeros_like(self.generator.mean), 0
+        plain, total = torch.zeros_like(self.generator.mean), torch.zeros_like(self.generator.mean)
+        level, through, n = torch.zeros_like(self.mean_level), torch.zeros_like(passed), 0
+        self.mean_level.zero_()
         for batch in batches:
-            ctf, image = self._ctf(batch, polar).mean(-1), batch.image.float()
             own = slice(batch.n_own)
-            power += self._by_ring(image[own].square().sum((0, 1)))
-            passed += ctf[own].square().sum(0)
-            total += (image[own] * ctf[own, None, ring]).sum(0)
+            ctf, image = self._ctf(batch, polar).mean(-1)[own], self._at_mean_level(batch)[own]
+            level += self._levels(batch)[own].sum()
+            plain += image.sum(0)
+            power += self._by_ring(image.square().sum((0, 1)))
+            passed += ctf.square().sum(0)
+            through += ctf.sum(0)
+            total += (image * ctf[:, None, ring]).sum(0)
             n += batch.n_whole
-        power, passed, total = distributed.totals(power, passed, total)
+        sums = distributed.totals(power, passed, total, plain, level, through)
+        power, passed, total, plain, level, through = sums
+        self.mean_level.copy_(level / n)
+        # so far the images were summed without any level
+        risen = self.mean_level * self.level
+        power = power + self._by_ring(2.0 * risen * plain[0] + n * risen.square())
+        total[0] += risen * through[ring]
         self.noise_variance.copy_((power / (n * self.noise_dof)).clamp(min=1e-6))
         # Before its CTF, content is as much larger as the CTF is small.
         passed = passed.clamp(min=LEAST_CTF_POWER * n)
@@ -257,11 +266,8 @@ class SteerableEngine(Engine):
             return better - mean
 
     def decode(self, z: Float[Tensor, "k d"]) -> Float[Tensor, "k n n"]:
-        """Generated images at pose zero, CTF-free, white particle, inside the soft disc; 0 at its rim."""
-        images, mask = self.polar.image(self.generator(z)), self.full.mask
-        rim = ((mask > 0.5) & (mask < 1.0)).float()
-        level = (images * rim).sum((1, 2)) / (mask * rim).sum()
-        return images - level[:, None, None] * mask
+        """Generated images at pose zero, CTF-free, white particle, inside the soft disc."""
+        return self.polar.image(self.generator(z))
 
     # -- what a batch looks like -------------------------------------------------------------
 
@@ -272,8 +278,22 @@ class SteerableEngine(Engine):
 
     def _seen(self, batch: Batch) -> Float[Tensor, "b 2 p"]:
         """Coefficients of the rings looked at."""
-        seen: Tensor = batch.image[..., : self.polar.n_pairs].float()
-        return seen
+        return self._at_mean_level(batch)[..., : self.polar.n_pairs]
+
+    def _levels(self, batch: Batch) -> Float[Tensor, "b"]:
+        """Level of each image inside the soft disc."""
+        levels: Tensor = batch.image[:, 0].float() @ self.level / self.level.square().sum()
+        return levels
+
+    def _at_mean_level(self, batch: Batch) -> Float[Tensor, "b 2 p"]:
+        """Coefficients of the images, all brought to the set's mean level inside the soft disc.
+
+        The level that the preparation takes for background is known from few pixels, and its error
+        fills the whole disc: left in, it is the strongest variation of many sets, and z is spent on it.
+        """
+        excess = (self._levels(batch) - self.mean_level)[:, None] * self.level
+        image = batch.image.float()
+        return torch.stack([image[:, 0] - excess, image[:, 1]], 1)
 
     def _by_ring(self, values: Float[Tensor, "p"]) -> Float[Tensor, "r"]:
         return torch.zeros_like(self.noise).index_add_(0, self.polar.ring, values)
@@ -329,7 +349,7 @@ class SteerableEngine(Engine):
         """
         polar = self.polar if polar is None else polar
         ring, noise = polar.ring, self.noise_variance[: polar.n_rings, None]
-        images, ctf = batch.image[..., : polar.n_pairs].float(), self._ctf(batch, polar)
+        images, ctf = self._at_mean_level(batch)[..., : polar.n_pairs], self._ctf(batch, polar)
         by_variance = ctf / noise
         power = ctf * by_variance
         snr = (self.signal_power[: polar.n_rings, None] / noise).clamp(max=MOST_SNR)
@@ -363,7 +383,7 @@ class SteerableEngine(Engine):
     def empty_image(self, batch: Batch) -> Float[Tensor, "b"]:
         """Log likelihood of each image as noise alone, nats."""
         variance = self.noise_variance
-        whitened = batch.image.float().square() / variance[self.full.ring]
+        whitened = self._at_mean_level(batch).square() / variance[self.full.ring]
         constant = (self.noise_dof * torch.log(2.0 * math.pi * variance)).sum()
         return -0.5 * whitened.sum((1, 2)) - 0.5 * constant
 
