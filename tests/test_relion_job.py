@@ -197,6 +197,7 @@ def test_a_killed_job_is_a_failure_with_its_last_epoch_kept(project, number):
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # tests under nohup ignore SIGHUP
     )
     epochs = project / JOB / "epochs.tsv"
     wait_until(lambda: epochs.exists() and len(epochs.read_text().splitlines()) > 2)
