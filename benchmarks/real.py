@@ -20,9 +20,9 @@ import torch
 
 import cryo_svae
 from benchmarks import trials
+from benchmarks.relion import classify
 from cryo_svae.class_averages import ClassAverages, class_averages
 from cryo_svae.estimation import EstimateTable
-from cryo_svae.formats.star import read_star
 from cryo_svae.images import ImageSource
 
 SEED = 0
@@ -75,24 +75,17 @@ def relion(
             cwd=work, check=True, capture_output=True,
         )  # fmt: skip
         (work / star.name).write_text(star.read_text().replace(stack.name, "white.mrcs"))
-        block = read_star(work / star.name).block("particles")
-        reach = setting.max_shift_angst / pixel_size_angst
-        command = [
-            f"relion_refine --o ./run --i {star.name} --dont_combine_weights_via_disc --preread_images",
-            f"--pool 30 --pad 2 --iter {iterations} --tau2_fudge 2 --flatten_solvent --zero_mask",
-            f"--particle_diameter {setting.diameter_angst:.0f} --K {setting.classes} --oversampling 1",
-            f"--psi_step 12 --offset_range {reach:.0f} --offset_step 2 --norm --scale --j 1",
-            f"--random_seed 1 {'--ctf' if block.has('rlnDefocusU') else ''}",
-        ]
-        began = time.perf_counter()
-        subprocess.run(" ".join(command).split(), cwd=work, check=True, capture_output=True)
-        seconds = time.perf_counter() - began
-        found = read_star(work / f"run_it{iterations:03d}_data.star").block("particles")
-        row_of = {name: row for row, name in enumerate(block.text("rlnImageName"))}
-        order = np.argsort([row_of[name] for name in found.text("rlnImageName")])
-        origin = np.stack([found.numbers(f"rlnOrigin{axis}Angst")[order] for axis in "XY"], 1)
-        table = replace(like, psi_deg=found.numbers("rlnAnglePsi")[order], origin_angst=origin)
-        return table, found.integers("rlnClassNumber")[order].astype(np.intp), seconds
+        found = classify(
+            work / star.name,
+            classes=setting.classes,
+            iterations=iterations,
+            diameter_angst=setting.diameter_angst,
+            offset_range_px=round(setting.max_shift_angst / pixel_size_angst),
+            pad=2,
+            threads=1,
+        )
+    table = replace(like, psi_deg=found.psi_deg, origin_angst=found.origin_angst)
+    return table, found.class_number, found.seconds
 
 
 def line(name: str, averages: ClassAverages, seconds: float) -> str:

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +20,9 @@ import torch
 
 from benchmarks import trials
 from benchmarks.measures import like_view_error_deg, neighbour_view_deg
+from benchmarks.relion import classify
 from benchmarks.views_limit import limit
 from cryo_svae import geometry
-from cryo_svae.formats.star import read_star
 from cryo_svae.simulate import SimulateConfig, Simulated, simulate, view_rotation, write_simulated
 
 SHIFT_STD_PX = 1.0
@@ -74,23 +72,16 @@ def relion_row(
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_simulated(work, simulated, config)
-        diameter = 0.9 * config.box * simulated.pixel_size_angst
-        command = [
-            "relion_refine --o ./run --i particles.star --dont_combine_weights_via_disc --preread_images",
-            f"--pool 30 --pad 1 --ctf --iter {iterations} --particle_diameter {diameter:.0f}",
-            f"--K {classes} --flatten_solvent --zero_mask --oversampling 1 --psi_step 12 --offset_range 3",
-            "--tau2_fudge 2 --offset_step 2 --norm --scale --j 2 --random_seed 1",
-        ]
-        began = time.perf_counter()
-        subprocess.run(" ".join(command).split(), cwd=work, check=True, capture_output=True)
-        seconds = time.perf_counter() - began
-        data = work / f"run_it{iterations:03d}_data.star"
-        block = read_star(data).block("particles")
-        truth = read_star(work / "truth.star").block("particles")
-        row_of = {name: row for row, name in enumerate(truth.text("rlnImageName"))}
-        order = np.argsort([row_of[name] for name in block.text("rlnImageName")])
-        psi = geometry.radians(block.numbers("rlnAnglePsi"))[order]
-        number = block.integers("rlnClassNumber")[order]
+        found = classify(
+            work / "particles.star",
+            classes=classes,
+            iterations=iterations,
+            diameter_angst=0.9 * config.box * simulated.pixel_size_angst,
+            offset_range_px=3,
+            pad=1,
+            threads=2,
+        )
+    psi, number = geometry.radians(found.psi_deg), found.class_number
     errors = []
     true_psi, view = simulated.psi_rad.double().numpy(), simulated.view_rad.double().numpy()
     for k in np.unique(number):
@@ -100,8 +91,8 @@ def relion_row(
     return {
         "in_plane": float(np.nanmedian(errors)),
         "neighbours": float("nan"),
-        "seconds": seconds,
-        "rate": len(psi) * iterations / seconds,
+        "seconds": found.seconds,
+        "rate": len(psi) * iterations / found.seconds,
     }
 
 

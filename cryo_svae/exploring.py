@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,14 +141,10 @@ def average_at(folder: Path, z: str | None, along: str | None) -> list[Path]:
         check_line(along or "", z_dim)
         line = latent.line(table.z, usable, along or "")
         points, bin_of = line.point, np.abs(line.place[:, None] - line.step).argmin(1)
-    chosen = EstimateTable(
-        **{item.name: getattr(table, item.name) for item in fields(EstimateTable) if item.name != "usable"},
-        usable=usable,
-    )
     preparation = done.checkpoint.preparation
     result = class_averages(
         ImageSource(done.particles),
-        chosen,
+        replace(table, usable=usable),
         bin_of + 1,
         len(points),
         preparation,

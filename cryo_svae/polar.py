@@ -99,6 +99,19 @@ def ring_area(n_rings: int) -> Float[Tensor, "r"]:
     return 2.0 * math.pi * radius
 
 
+def _spread(packed: Tensor, place: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Packed coefficients at their places in two axes, 0 elsewhere."""
+    flat = packed.new_zeros(*packed.shape[:-2], shape[0] * shape[1], dtype=torch.complex64)
+    flat[..., place] = torch.complex(packed[..., 0, :], packed[..., 1, :])
+    spread: Tensor = flat.unflatten(-1, shape)
+    return spread
+
+
+def _collect(spread: Tensor, place: Tensor) -> Tensor:
+    flat = spread.flatten(-2)[..., place]
+    return torch.stack([flat.real, flat.imag], -2)
+
+
 class PolarTransform(nn.Module):
     """Images of box N (even) to packed angular coefficients and back; nothing is learned.
 
@@ -157,30 +170,21 @@ class PolarTransform(nn.Module):
         self.register_buffer("_interpolate", interpolate, persistent=False)
         self.register_buffer("_deapodise", deapodise, persistent=False)
 
-    def dense(self, packed: Float[Tensor, "b 2 p"]) -> Complex[Tensor, "b r f"]:
-        """Packed coefficients as (b, n_rings, n_angles//2 + 1), zero beyond the band limit."""
-        n_frequencies = self.n_angles // 2 + 1
-        flat = packed.new_zeros(len(packed), self.n_rings * n_frequencies, dtype=torch.complex64)
-        flat[:, self.place] = torch.complex(packed[:, 0], packed[:, 1])
-        dense: Tensor = flat.view(len(packed), self.n_rings, n_frequencies)
-        return dense
+    def dense(self, packed: Float[Tensor, "*b 2 p"]) -> Complex[Tensor, "*b r f"]:
+        """Packed coefficients as (..., n_rings, n_angles//2 + 1), zero beyond the band limit."""
+        return _spread(packed, self.place, (self.n_rings, self.n_angles // 2 + 1))
 
-    def pack(self, dense: Complex[Tensor, "b r f"]) -> Float[Tensor, "b 2 p"]:
+    def pack(self, dense: Complex[Tensor, "*b r f"]) -> Float[Tensor, "*b 2 p"]:
         """The inverse of ``dense``; drops what is beyond the band limit."""
-        flat = dense.flatten(1)[:, self.place]
-        return torch.stack([flat.real, flat.imag], 1)
+        return _collect(dense, self.place)
 
     def by_order(self, packed: Float[Tensor, "*b 2 p"]) -> Complex[Tensor, "*b o r"]:
         """Packed coefficients as (..., n_orders, n_rings), zero beyond the band limit."""
-        flat = packed.new_zeros(*packed.shape[:-2], self.n_orders * self.n_rings, dtype=torch.complex64)
-        flat[..., self._place_by_order] = torch.complex(packed[..., 0, :], packed[..., 1, :])
-        by_order: Tensor = flat.unflatten(-1, (self.n_orders, self.n_rings))
-        return by_order
+        return _spread(packed, self._place_by_order, (self.n_orders, self.n_rings))
 
     def packed_from_orders(self, by_order: Complex[Tensor, "*b o r"]) -> Float[Tensor, "*b 2 p"]:
         """The inverse of ``by_order``; drops what is beyond the band limit."""
-        flat = by_order.flatten(-2)[..., self._place_by_order]
-        return torch.stack([flat.real, flat.imag], -2)
+        return _collect(by_order, self._place_by_order)
 
     def samples(self, packed: Float[Tensor, "b 2 p"]) -> Float[Tensor, "b r a"]:
         """G(r, phi), the real polar function of each image, rings scaled as the coefficients are."""

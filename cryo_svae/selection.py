@@ -129,9 +129,13 @@ def select_rows(block: StarBlock, config: SelectionConfig) -> NDArray[np.intp]:
 
 def write_selection(star: StarFile, block: StarBlock, out: Path, rows: NDArray[np.intp]) -> None:
     """The same STAR file with these rows of its particles; optics and cells to the letter."""
-    if out.exists() and out.samefile(star.path):
-        raise OutputError(f"{out}: is the file selected from.\n  To mend: give --out another name.")
+    _refuse_itself(out, star.path)
     write_star(out, star, block=block.name, columns={}, rows=rows)
+
+
+def _refuse_itself(out: Path, selected_from: Path) -> None:
+    if out.exists() and out.samefile(selected_from):
+        raise OutputError(f"{out}: is the file selected from.\n  To mend: give --out another name.")
 
 
 def _write_cs_selection(job: Path, block: StarBlock, out: Path, rows: NDArray[np.intp]) -> None:
@@ -144,8 +148,7 @@ def _write_cs_selection(job: Path, block: StarBlock, out: Path, rows: NDArray[np
             expected="a .star file, for a job of a STAR file",
             remedy="select to a .star file; cryo-svae convert makes a .cs file of it.",
         )
-    if out.exists() and out.samefile(path):
-        raise OutputError(f"{out}: is the file selected from.\n  To mend: give --out another name.")
+    _refuse_itself(out, path)
     table = read_cs(path)
     if len(table) != block.n_rows:
         raise InputError(

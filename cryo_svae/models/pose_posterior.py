@@ -125,12 +125,11 @@ def _like(values: Float[Tensor, "b"], shape: Tensor) -> Tensor:
 
 
 def mean_origin(
-    pose: PosePosterior, origins: Float[Tensor, "b t 2"]
+    probability: Float[Tensor, "b t"], origins: Float[Tensor, "b t 2"]
 ) -> tuple[Float[Tensor, "b 2"], Float[Tensor, "b"]]:
     """Posterior mean of the origin, and the mean variance of its two components."""
-    by_origin = pose.probability.sum(-1)
-    mean = (by_origin[..., None] * origins).sum(1)
-    return mean, (by_origin * (origins - mean[:, None]).square().sum(-1)).sum(1) / 2.0
+    mean = (probability[..., None] * origins).sum(1)
+    return mean, (probability * (origins - mean[:, None]).square().sum(-1)).sum(1) / 2.0
 
 
 def disc_of_points(radius: float, device: torch.device) -> Float[Tensor, "t 2"]:

@@ -66,11 +66,8 @@ class PosteriorSearch:
     def _posterior(self, batch: Batch) -> Posterior:
         engine = self.engine
         here, z, step_px = self._first_guess(batch)
-        offsets = disc_of_points(FINE_DISC if engine.shifts else 0.0, here.device) * step_px[:, None, None]
-        origins = here[:, None] + offsets
-        look, restored = engine.look(batch, here, offsets)
-        log_prior = engine.log_prior(origins, step_px)
-        z = self._better(z, engine.encode(restored)[0], look, log_prior)
+        disc = FINE_DISC if engine.shifts else 0.0
+        origins, look, log_prior, z = self._look_around(batch, here, z, step_px, disc)
         mode, curvature = newton_mode(z, lambda at: self._local_model(at, look, log_prior))
         root = root_covariance(curvature - self._missing_information(mode, look, log_prior))
         at = mode[:, None] + self.points @ root.mT
@@ -81,9 +78,7 @@ class PosteriorSearch:
         volume = torch.linalg.slogdet(root).logabsdet + engine.z_dim * math.log(INFLATION)
         log_evidence = log_total - math.log(len(self.points)) + volume
         psi, psi_std, second_mode = summarise_angle(probability.sum(1))
-        by_origin = probability.sum(2)
-        origin = (by_origin[..., None] * origins).sum(1)
-        origin_variance = (by_origin * (origins - origin[:, None]).square().sum(-1)).sum(1) / 2
+        origin, origin_variance = mean_origin(probability.sum(2), origins)
         return Posterior(
             z_mean=z_mean,
             z_std=z_variance.sqrt(),
@@ -122,15 +117,28 @@ class PosteriorSearch:
         step_px = torch.full_like(here[:, 0], COARSE_STEP_PX / 2.0 if engine.shifts else 0.0)
         finest = (COARSE_STEP_PX / 4.0, FINE_STEP_PX[0]) if engine.shifts else ()
         for finest_px in finest:
-            offsets = disc_of_points(2.0, here.device) * step_px[:, None, None]
-            look, restored = engine.look(batch, here, offsets)
-            origins = here[:, None] + offsets
-            log_prior = engine.log_prior(origins, step_px)
-            z = self._better(z, engine.encode(restored)[0], look, log_prior)
-            here, variance = mean_origin(look.posterior(engine.generator(z), log_prior), origins)
+            origins, look, log_prior, z = self._look_around(batch, here, z, step_px, 2.0)
+            pose = look.posterior(engine.generator(z), log_prior)
+            here, variance = mean_origin(pose.probability.sum(-1), origins)
             here = engine.within_reach(here)
             step_px = variance.sqrt().clamp(finest_px, FINE_STEP_PX[1])
         return here, z, step_px
+
+    def _look_around(
+        self,
+        batch: Batch,
+        here: Float[Tensor, "b 2"],
+        z: Float[Tensor, "b d"],
+        step_px: Float[Tensor, "b"],
+        disc: float,
+    ) -> tuple[Float[Tensor, "b t 2"], Look, Float[Tensor, "b t"], Float[Tensor, "b d"]]:
+        """Origins on a disc of a radius in steps, the particles there, log priors, and the better z."""
+        engine = self.engine
+        offsets = disc_of_points(disc, here.device) * step_px[:, None, None]
+        origins = here[:, None] + offsets
+        look, restored = engine.look(batch, here, offsets)
+        log_prior = engine.log_prior(origins, step_px)
+        return origins, look, log_prior, self._better(z, engine.encode(restored)[0], look, log_prior)
 
     def _better(
         self,

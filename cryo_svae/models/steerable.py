@@ -141,7 +141,7 @@ class SteerableEngine(Engine):
         self.mean_level.zero_()
         for batch in batches:
             own = slice(batch.n_own)
-            ctf, image = self._ctf(batch, polar).mean(-1)[own], self._at_mean_level(batch)[own]
+            ctf, image = self._ctf(batch, polar).mean(-1)[own], self._seen(batch, polar)[own]
             level += self._levels(batch)[own].sum()
             plain += image.sum(0)
             power += self._by_ring(image.square().sum((0, 1)))
@@ -276,23 +276,19 @@ class SteerableEngine(Engine):
         """Whether particles may be off centre."""
         return bool(self.config.max_shift_px > 0.0)
 
-    def _seen(self, batch: Batch) -> Float[Tensor, "b 2 p"]:
-        """Coefficients of the rings looked at."""
-        return self._at_mean_level(batch)[..., : self.polar.n_pairs]
-
     def _levels(self, batch: Batch) -> Float[Tensor, "b"]:
         """Level of each image inside the soft disc."""
         levels: Tensor = batch.image[:, 0].float() @ self.level / self.level.square().sum()
         return levels
 
-    def _at_mean_level(self, batch: Batch) -> Float[Tensor, "b 2 p"]:
-        """Coefficients of the images, all brought to the set's mean level inside the soft disc.
+    def _seen(self, batch: Batch, polar: PolarTransform) -> Float[Tensor, "b 2 p"]:
+        """Coefficients of a transform's rings, of images brought to the set's mean level inside the disc.
 
         The level that the preparation takes for background is known from few pixels, and its error
         fills the whole disc: left in, it is the strongest variation of many sets, and z is spent on it.
         """
-        excess = (self._levels(batch) - self.mean_level)[:, None] * self.level
-        image = batch.image.float()
+        excess = (self._levels(batch) - self.mean_level)[:, None] * self.level[: polar.n_pairs]
+        image = batch.image[..., : polar.n_pairs].float()
         return torch.stack([image[:, 0] - excess, image[:, 1]], 1)
 
     def _by_ring(self, values: Float[Tensor, "p"]) -> Float[Tensor, "r"]:
@@ -312,12 +308,9 @@ class SteerableEngine(Engine):
         table = batch.ctf
         if table is None:
             return torch.ones(len(batch), polar.n_rings, 1, device=device)
-        mean = (table.defocus_u_angst + table.defocus_v_angst) / 2
-        half = (table.defocus_u_angst - table.defocus_v_angst).abs() / 2
-        wavelength = electron_wavelength_angst(table.voltage_kv)
-        differs = math.pi * wavelength * half / (2.0 * table.pixel_size_angst) ** 2
-        (n_astigmatic,) = batch.totals((differs > ASTIGMATIC_RAD).sum())
+        (n_astigmatic,) = batch.totals(self.astigmatic(table).sum())
         if n_astigmatic == 0:
+            mean = (table.defocus_u_angst + table.defocus_v_angst) / 2
             table, n_angles = replace(table, defocus_u_angst=mean, defocus_v_angst=mean), 1
         else:
             n_angles = polar.n_angles
@@ -349,7 +342,7 @@ class SteerableEngine(Engine):
         """
         polar = self.polar if polar is None else polar
         ring, noise = polar.ring, self.noise_variance[: polar.n_rings, None]
-        images, ctf = self._at_mean_level(batch)[..., : polar.n_pairs], self._ctf(batch, polar)
+        images, ctf = self._seen(batch, polar), self._ctf(batch, polar)
         by_variance = ctf / noise
         power = ctf * by_variance
         snr = (self.signal_power[: polar.n_rings, None] / noise).clamp(max=MOST_SNR)
@@ -383,7 +376,7 @@ class SteerableEngine(Engine):
     def empty_image(self, batch: Batch) -> Float[Tensor, "b"]:
         """Log likelihood of each image as noise alone, nats."""
         variance = self.noise_variance
-        whitened = self._at_mean_level(batch).square() / variance[self.full.ring]
+        whitened = self._seen(batch, self.full).square() / variance[self.full.ring]
         constant = (self.noise_dof * torch.log(2.0 * math.pi * variance)).sum()
         return -0.5 * whitened.sum((1, 2)) - 0.5 * constant
 
@@ -399,7 +392,7 @@ class SteerableEngine(Engine):
         """Running averages: residual power of each ring, origin variance, energy of a particle."""
         own, n = slice(batch.n_own), batch.n_whole
         explained = (2.0 * pose.aligned - pose.filtered) * content
-        residual = self._seen(batch).square() - explained * self.noise[self.polar.ring]
+        residual = self._seen(batch, self.polar).square() - explained * self.noise[self.polar.ring]
         power, signal, energy, second = batch.totals(
             self._by_ring(residual[own].sum((0, 1))),
             self._by_ring(content[own].square().sum((0, 1))),
@@ -416,7 +409,7 @@ class SteerableEngine(Engine):
 
     def _move(self, batch: Batch, pose: PosePosterior, origins: Float[Tensor, "b t 2"]) -> None:
         if self.shifts:
-            here = self.within_reach(mean_origin(pose, origins)[0])
+            here = self.within_reach(mean_origin(pose.probability.sum(-1), origins)[0])
             self.origin_px[batch.index[: batch.n_own]] = here[: batch.n_own]
 
     def within_reach(self, origin: Float[Tensor, "b 2"]) -> Float[Tensor, "b 2"]:

@@ -163,7 +163,7 @@ def test_white_noise_fills_the_rings_evenly():
     images = torch.randn(4000, BOX, BOX, generator=torch.Generator().manual_seed(3))
     engine = SteerableEngine(BOX, 1, SteerableConfig(max_shift_px=0.0))
     (batch,) = batches_of(engine, images, size=4000)
-    power = engine._by_ring(engine._at_mean_level(batch).square().sum(1).mean(0)) / engine.noise_dof
+    power = engine._by_ring(engine._seen(batch, engine.full).square().sum(1).mean(0)) / engine.noise_dof
     assert (power[1:] - 1.0).abs().max() < 0.05
 
 
@@ -189,8 +189,8 @@ def test_the_encoder_is_invariant_to_its_turns(hinge):
     engine, made = hinge
     engine.eval()
     batch = batches_of(engine, made.images[:64])[0]
-    plain, _ = engine.encode(engine._seen(batch))
-    rotated, _ = engine.encode(engine._seen(turned(batch, engine, 3 * math.pi / 8)))
+    plain, _ = engine.encode(engine._seen(batch, engine.polar))
+    rotated, _ = engine.encode(engine._seen(turned(batch, engine, 3 * math.pi / 8), engine.polar))
     torch.testing.assert_close(plain, rotated, atol=1e-4, rtol=1e-3)
 
 
@@ -253,7 +253,7 @@ def test_posterior_matches_brute_force_in_image_space(hinge):
     psi = 2 * math.pi / look.n_psi * torch.arange(look.n_psi)
     one = torch.complex(content[0, 0], content[0, 1]) * torch.exp(1j * psi[:, None] * engine.polar.order)
     references = engine.polar.image(torch.stack([one.real, one.imag], 1))
-    data = engine.full.image(engine._at_mean_level(batch))
+    data = engine.full.image(engine._seen(batch, engine.full))
     scores = torch.einsum("byx,pyx->bp", data, references) - 0.5 * references.square().sum((1, 2))
     brute = torch.softmax(scores, 1)
     assert (pose.probability[:, 0] - brute).abs().sum(1).max() < 0.1
@@ -475,7 +475,7 @@ def test_the_encoder_cannot_run_away():
     """Unbounded means of q made single seeds collapse, and all of them with a CTF."""
     made = truth(n=16)
     engine = new_engine(made.images).eval()
-    mean, _ = engine.encode(1e4 * engine._seen(batches_of(engine, made.images)[0]))
+    mean, _ = engine.encode(1e4 * engine._seen(batches_of(engine, made.images)[0], engine.polar))
     assert mean.abs().max() <= refinement.FARTHEST_Z
 
 
@@ -503,6 +503,6 @@ def test_undoing_the_ctf_amplifies_noise_no_more_than_the_strongest_ring_allows(
     engine.signal_power.copy_(1e6 * engine.noise_variance)
     batch = batches_of(engine, made.images, made.ctf)[0]
     _, restored = engine.look(batch, torch.zeros(16, 2), torch.zeros(1, 2))
-    whitened = engine._seen(batch) / engine.noise[engine.polar.ring].sqrt()
+    whitened = engine._seen(batch, engine.polar) / engine.noise[engine.polar.ring].sqrt()
     most = (1.0 + steerable.MOST_SNR) / (2.0 * math.sqrt(steerable.MOST_SNR))
     assert (restored.abs() <= 1.001 * most * whitened.abs() + 1e-6).all()
