@@ -79,7 +79,7 @@ def relion_row(
             diameter_angst=0.9 * config.box * simulated.pixel_size_angst,
             offset_range_px=3,
             pad=1,
-            threads=2,
+            threads=1,
         )
     psi, number = geometry.radians(found.psi_deg), found.class_number
     errors = []
