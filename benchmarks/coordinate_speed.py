@@ -135,6 +135,7 @@ def main() -> None:
     lines: list[str] = []
     for size in SIZES:
         lines += at_size(*size, arguments.batch, arguments.rounds)
+        print(f"{size[0]} px measured", flush=True)
     trials.report("coordinate_speed", lines)
 
 

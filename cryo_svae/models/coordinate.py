@@ -151,7 +151,6 @@ class CoordinateEngine(Engine):
         epochs=(20, 200), images=500_000, batch_size=100, learning_rate=1e-4, schedule="constant"
     )
     largest_box_px: ClassVar[int] = 64
-    bfloat16_on_cpu: ClassVar[bool] = True
 
     inside: Tensor
     coordinates_px: Tensor

@@ -154,13 +154,11 @@ class Engine(nn.Module, ABC):
     largest_box_px: box beyond which images are Fourier-cropped unless the user says otherwise.
     kl_weight:      weight of the KL terms in the training loss, set by ``begin_epoch``.
     tables:         names of buffers with a row for each training particle.
-    bfloat16_on_cpu: whether training gains by bfloat16 on a CPU that multiplies matrices in it.
     """
 
     training_defaults: ClassVar[TrainingDefaults]
     largest_box_px: ClassVar[int]
     tables: ClassVar[tuple[str, ...]] = ()
-    bfloat16_on_cpu: ClassVar[bool] = False
     box_px: int
     z_dim: int
     config: Any
