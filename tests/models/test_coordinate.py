@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from cryo_svae import geometry
 from cryo_svae.ctf import ctf_2d
 from cryo_svae.errors import InputError
+from cryo_svae.models import coordinate
 from cryo_svae.models.coordinate import CoordinateConfig, CoordinateEngine, Latents
 from cryo_svae.models.divergences import kl_normal, kl_normal_free_mean
 from cryo_svae.models.engine import Batch
@@ -196,3 +197,63 @@ def test_the_bound_is_below_the_evidence_by_importance_sampling():
         evidence = torch.logsumexp(model._log_likelihood(many, z, psi, origin), 0) - math.log(n)
         bound = torch.stack([model.elbo(data).elbo for _ in range(200)]).mean()
     assert float(bound) < float(evidence) + 0.05
+
+
+def plainly(model: CoordinateEngine, coordinates, z):
+    """The generator's formula: an MLP on (x, y, z), every pixel of every image at once."""
+    generator, act = model.generator, {"tanh": torch.tanh, "relu": torch.relu}[model.config.activation]
+    units = act(generator.of_coordinates(coordinates) + generator.of_z(z)[:, None, :])
+    for layer in generator.rest:
+        units = layer(units) if isinstance(layer, torch.nn.Linear) else act(units)
+    return units
+
+
+def bound_and_gradients(model: CoordinateEngine, data: Batch):
+    torch.manual_seed(7)
+    model.zero_grad()
+    bound = model.elbo(data).elbo
+    bound.mean().backward()
+    return bound.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("layers", [1, 3])
+def test_piece_by_piece_the_bound_and_its_gradients_are_the_formulas(monkeypatch, activation, layers):
+    model = engine(dataclasses.replace(SMALL, activation=activation, layers=layers)).double()
+    data = Batch(torch.arange(5), torch.rand(5, 1, BOX, BOX, dtype=torch.float64), None)
+    monkeypatch.setattr(coordinate, "UNITS_AT_A_TIME", 2 * len(model.inside) * model.config.hidden)
+    by_pieces = bound_and_gradients(model, data)
+    monkeypatch.setattr(model.generator, "forward", lambda q, z: plainly(model, q, z))
+    torch.testing.assert_close(by_pieces, bound_and_gradients(model, data), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("pixels", ["gaussian", "bernoulli"])
+def test_bfloat16_holds_the_bound_and_its_gradients(pixels):
+    """Beside float32 with the same draws: 1 part in 1,000 of the bound, cosine of gradients 0.999."""
+    model = engine(dataclasses.replace(SMALL, hidden=200, pixels=pixels, augment_rotation=False))
+    data = batch(8)
+    torch.manual_seed(7)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model.elbo(data).elbo
+    half.mean().backward()
+    half_gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    torch.manual_seed(7)
+    single = model.elbo(data).elbo
+    model.zero_grad()
+    single.mean().backward()
+    single_gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    torch.testing.assert_close(half, single, rtol=1e-3, atol=0.0)
+    assert half.dtype == torch.float32
+    assert float(torch.cosine_similarity(half_gradients, single_gradients, 0)) > 0.999
+
+
+def test_under_autocast_poses_keep_float32():
+    """A rounded coordinate would be a pixel moved by 0.1 px at the rim of a box of 64."""
+    model = engine()
+    z, psi, origin = torch.randn(2, 2), torch.tensor([0.8, -1.0]), torch.tensor([[1.5, -2.0], [0.3, 0.1]])
+    seen = []
+    model.generator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.generate(z, psi, origin)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.generate(z, psi, origin)
+    assert torch.equal(*seen)
