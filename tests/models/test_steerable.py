@@ -357,14 +357,14 @@ def test_two_fold_symmetry_is_a_second_mode():
 
 @pytest.mark.parametrize("molecule", ["ring", "noise"])
 def test_what_has_no_angle_says_so(molecule):
-    # With fewer images the generator takes noise for features of the ring, and turns by them.
-    made = truth(molecule, n=8000, snr=0.3)
+    # Without a prior on the content the generator takes noise for features of the ring, and turns by them.
+    made = truth(molecule, n=2000, snr=0.3)
     engine = new_engine(made.images)
-    train(engine, made.images, 3)
+    train(engine, made.images, 12)
     found = infer(engine, made.images[:64])
     assert all_finite(found)
     if molecule == "ring":
-        assert found.psi_std_rad.median() > 0.5
+        assert found.psi_std_rad.median() > 1.5
     else:
         assert found.figure_of_merit.median() < 0.3
 
