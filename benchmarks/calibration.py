@@ -250,7 +250,9 @@ def rows_of(name: str, engine_name: str, seed: int, arguments: argparse.Namespac
         own = Posterior.cat(
             [engine.infer(Batch(rows, kept[rows], None)) for rows in torch.arange(JUDGED).split(256)]
         )
-    frame = frame_of(engine, load_molecule(setting.molecule, source_of(setting.molecule, arguments.source)), simulated)
+    frame = frame_of(
+        engine, load_molecule(setting.molecule, source_of(setting.molecule, arguments.source)), simulated
+    )
     score = trials.scores(trial.posterior, simulated, torch.arange(JUDGED))
     rows = [
         f"{name}, {engine_name}, seed {seed}: r_z {score['r_z1']:.3f}, rotation {score['rotation']:.3f}, "
