@@ -1,4 +1,4 @@
-"""The engines' bounds against log p(image), computed apart from them: own float64 code, from the weights."""
+"""The engines' bounds against log p(image), computed apart from them: own float64 code of the weights."""
 
 from __future__ import annotations
 
