@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from cryo_svae.models.steerable import SteerableEngine
 
 COARSE_STEP_PX = 1.5  # of the first search of origins
-FINE_DISC = 2.3  # radius of the last grid of origins, in steps of one posterior standard deviation
+STEP_STD = 1.4  # steps between origins, in standard deviations: sums over a Gaussian are right to 1e-4
+FINE_DISC = 2.3  # radius of the last grid of origins, in steps: it holds all but 1 % of the posterior
 FINE_STEP_PX = (0.15, 1.0)  # least and greatest such step
 FINER_ANGLES = 2  # times as many rotations are summed over in inference as in training
 PIECE = 2**22  # scores held at a time; more of them leave the processor's cache
@@ -121,7 +122,7 @@ class PosteriorSearch:
             pose = look.posterior(engine.generator(z), log_prior)
             here, variance = mean_origin(pose.probability.sum(-1), origins)
             here = engine.within_reach(here)
-            step_px = variance.sqrt().clamp(finest_px, FINE_STEP_PX[1])
+            step_px = (STEP_STD * variance.sqrt()).clamp(finest_px, FINE_STEP_PX[1])
         return here, z, step_px
 
     def _look_around(
