@@ -40,7 +40,6 @@ FIRST_RINGS = 0.5  # share of the rings that training begins with
 GROUPS = 100  # of alike particles in a set; where the mean of one is noise, there is nothing to learn
 MARGIN = 2  # rings beyond the last that show signal, so that more can come
 CONTENTS = 10  # independent images that the set's content is priced as, by its prior
-LEAST_POWER = 0.1  # of an order, in units of what CONTENTS such images would show of noise
 KNOWN = 64  # contents kept, with which new particles are first compared
 KNOWN_ANEW = 2  # of them taken from each batch
 NEAR_RINGS = 5  # over which the generator's scale is smoothed
@@ -72,8 +71,6 @@ class SteerableEngine(Engine):
     n_rings:        rings looked at, from the centre; grows with the resolution of what is learned.
     noise_variance: of each ring (r,), per pixel; a running average of the posterior residuals.
     signal_power:   of each ring (r,), per pixel; a running average of the generated content.
-    order_power:    of each order (o,), in units of the noise, mean of the rings; a running average of
-                    the generated content, and the variance of its prior.
     shift_variance: of each component of the origin, px².
     signal_energy:  running average of <h² c / sigma², c>, the log evidence scale of a particle.
     origin_px:      current origin of each training particle (n, 2).
@@ -96,7 +93,6 @@ class SteerableEngine(Engine):
     noise_variance: Tensor
     shift_variance: Tensor
     signal_power: Tensor
-    order_power: Tensor
     signal_energy: Tensor
     origin_px: Tensor
     known_z: Tensor
@@ -121,7 +117,6 @@ class SteerableEngine(Engine):
         self.register_buffer("noise_variance", torch.ones(self.full.n_rings))
         self.register_buffer("shift_variance", torch.tensor(std**2))
         self.register_buffer("signal_power", torch.zeros(self.full.n_rings))
-        self.register_buffer("order_power", torch.zeros(self.full.n_orders))
         self.register_buffer("signal_energy", torch.tensor(1.0))
         self.register_buffer("origin_px", torch.zeros(0, 2))
         self.register_buffer("known_z", torch.randn(KNOWN, z_dim))
@@ -180,7 +175,7 @@ class SteerableEngine(Engine):
         scale = torch.minimum(signal + LEAST_SCALE**2 * power, power).sqrt()[ring]
         self.generator.scale.copy_(torch.stack([scale, scale * (1.0 - unturned)]))
         self.generator.mean.copy_(mean)
-        self.order_power.copy_(self._by_order(self.generator.scale.square().sum(0)))
+        self.generator.start_prior(self.noise)
         self.origin_px = self.origin_px.new_zeros(n_particles, 2)
         self._look_as_far_as(math.ceil(FIRST_RINGS * polar.n_rings))
 
@@ -240,22 +235,11 @@ class SteerableEngine(Engine):
         # The value is ``expected``; the gradient is that of the log evidence (see pose_posterior), and
         # of the log prior of the content.
         if self.training:
-            residual = residual - self._pull(content.detach())
+            price = self.kl_weight * CONTENTS / max(1, len(self.origin_px))
+            residual = residual - self.generator.prior_pull(content.detach(), self.noise, price)
         slope = (residual * (content - content.detach())).sum((1, 2))
         kl_z = 0.5 * (mean.square() + torch.exp(2.0 * log_std) - 1.0 - 2.0 * log_std).sum(-1)
         return ElboTerms(self.empty_image(batch) + expected + slope, kl_z, pose.kl.clamp(min=0.0))
-
-    def _pull(self, content: Float[Tensor, "b 2 p"]) -> Float[Tensor, "b 2 p"]:
-        """Slope of a particle's share of minus the log prior of the content.
-
-        A Gaussian whose variance, the same for an order on all rings in units of the noise, is itself
-        learned: an order whose power is no more than the noise of so many images of the set is driven
-        to 0 (automatic relevance determination; MacKay 1996). Without it small sets turn by their noise.
-        """
-        share = CONTENTS / max(1, len(self.origin_px))
-        power = self.order_power[: self.polar.n_orders] + LEAST_POWER * share
-        variance = power[self.polar.order] * self.noise[self.polar.ring]
-        return self.kl_weight * share / variance * content
 
     @torch.no_grad()
     def _improvement(
@@ -315,15 +299,6 @@ class SteerableEngine(Engine):
 
     def _by_ring(self, values: Float[Tensor, "p"]) -> Float[Tensor, "r"]:
         return torch.zeros_like(self.noise).index_add_(0, self.polar.ring, values)
-
-    def _by_order(self, power: Float[Tensor, "p"]) -> Float[Tensor, "o"]:
-        """Power of coefficients in units of the noise, mean of each order's rings."""
-        whole = power.new_zeros(2, self.polar.n_orders)
-        relative = power / self.noise[self.polar.ring]
-        total, rings = whole.index_add_(
-            1, self.polar.order, torch.stack([relative, torch.ones_like(relative)])
-        )
-        return total / rings.clamp(min=1.0)
 
     def _trial_origins(self, index: Int[Tensor, "b"]) -> tuple[Float[Tensor, "b 2"], Float[Tensor, "t 2"]]:
         """Where the particles are now, and jittered offsets around it."""
@@ -432,10 +407,9 @@ class SteerableEngine(Engine):
         )
         dof = n * self.noise_dof[: self.polar.n_rings]
         power, signal = power / dof, self._by_ring(content_power) / dof
-        by_order = self._by_order(content_power / n)
         self.noise.lerp_(power.clamp(min=1e-6), 1.0 - MEMORY)
         self.signal_power[: self.polar.n_rings].lerp_(signal, 1.0 - MEMORY)
-        self.order_power[: self.polar.n_orders].lerp_(by_order, 1.0 - MEMORY)
+        self.generator.learn_prior(content_power / n, self.noise, 1.0 - MEMORY)
         self.signal_energy.lerp_(energy / n, 1.0 - MEMORY)
         if self.shifts and self.config.shift_std_px is None:
             self.shift_variance.lerp_((second / n / 2).clamp(min=0.01), 1.0 - MEMORY)
