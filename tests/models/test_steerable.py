@@ -344,6 +344,21 @@ def test_a_ctf_is_taken_into_account(astigmatism_angst):
     assert left.max() < 0.03
 
 
+def test_one_defocus_leaves_what_its_zeros_hide_at_rest():
+    """With the same zeros in every image the rings there say nothing, and nothing is made up."""
+    made = truth(n=1536, snr=0.3, defocus_min_angst=15000.0, defocus_max_angst=15000.0, n_micrographs=1)
+    engine = new_engine(made.images, ctf=made.ctf)
+    train(engine, made.images, 16, made.ctf)
+    found = infer(engine, made.images[:256], made.ctf[slice(0, 256)])
+    assert all_finite(found)
+    z, c = found.z_mean[:, 0], made.conformation[:256, 0]
+    assert torch.corrcoef(torch.stack([z, c]))[0, 1].abs() > 0.9
+    assert circular(found.psi_rad, made.psi_rad[:256]) > 0.95
+    with torch.no_grad():
+        images = engine.decode(found.z_mean)
+    assert images.abs().amax() < 10 * images.std()
+
+
 def test_two_fold_symmetry_is_a_second_mode():
     made = truth("c2", n=4000, snr=0.3)
     engine = new_engine(made.images)
