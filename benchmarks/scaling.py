@@ -20,6 +20,7 @@ from cryo_svae.simulate import SimulateConfig, simulate
 
 PARTICLES = [5_000, 10_000, 20_000, 50_000, 100_000]
 BOXES = [32, 40, 64, 96, 128, 192, 256]
+JUDGED = 1000  # images that estimation is timed on
 
 
 def point(engine: str, n_particles: int, box: int, epochs: int) -> dict[str, float]:
@@ -39,7 +40,7 @@ def point(engine: str, n_particles: int, box: int, epochs: int) -> dict[str, flo
         ctf=None,
     )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    trial = trials.run_trial(simulated, engine, 2, 0, epochs=epochs)
+    trial = trials.run_trial(simulated, engine, 2, 0, epochs=epochs, judged=JUDGED)
     return {
         "epoch_s": trial.seconds / epochs,
         "rate": trial.images_per_second,
@@ -74,7 +75,7 @@ def main() -> None:
     lines += [_line(f"{n:,} x 40 px", row) for n, row in zip(particles, by_n, strict=True)]
     lines += [_line(f"2,000 x {box} px", row) for box, row in zip(boxes, by_box, strict=True)]
     for box in (40, 64):
-        paper, ours = measure("coordinate", 400, box, 1), measure("steerable", 8000, box, 1)
+        paper, ours = measure("coordinate", 200, box, 1), measure("steerable", 8000, box, 1)
         lines += [_line(f"coordinate, {box} px", paper), _line(f"steerable, {box} px", ours)]
         lines.append(f"steerable over coordinate, {box} px: {ours['rate'] / paper['rate']:.0f} x")
     trials.report("scaling", lines)
