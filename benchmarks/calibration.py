@@ -32,7 +32,7 @@ from torch import Tensor
 
 from benchmarks import trials
 from benchmarks.hinge import Setting, first, simulate_set, source_of
-from cryo_svae.geometry import pixel_grid, pose_references, rotation_matrix, wrap_radians
+from cryo_svae.geometry import degrees, pixel_grid, pose_references, rotation_matrix, wrap_radians
 from cryo_svae.models.coordinate import CoordinateEngine
 from cryo_svae.models.engine import Batch, Engine, Posterior
 from cryo_svae.models.steerable import SteerableEngine
@@ -261,18 +261,16 @@ def rows_of(name: str, engine_name: str, seed: int, arguments: argparse.Namespac
         engine, load_molecule(setting.molecule, source_of(setting.molecule, arguments.source)), simulated
     )
     score = trials.scores(trial.posterior, simulated, torch.arange(JUDGED))
+    truth = frame.truth(judged)
     rows = [
-        f"{name}, {engine_name}, seed {seed}: r_z {score['r_z1']:.3f}, rotation {score['rotation']:.3f}, "
-        f"{trial.seconds:.0f} s of training; generator off by {100 * frame.misfit:.1f} % of the energy; "
-        f"z of the truth has mean {float(frame.truth(judged).z.mean()):+.2f}, "
-        f"sd {float(frame.truth(judged).z.std()):.2f}; "
-        f"second mode of psi {float(trial.posterior.second_mode.mean()):.3f}"
+        f"{name}, {engine_name}, seed {seed}: {trial.seconds:.0f} s of training, r_z {score['r_z1']:.3f}, "
+        f"rotation {score['rotation']:.3f}; generator off by {100 * frame.misfit:.1f} % of the energy, "
+        f"its frame turns by {degrees(float(np.ptp(frame.psi_rad.numpy()))):.1f}° with the conformation, "
+        f"true z have mean {float(truth.z.mean()):+.2f} and sd {float(truth.z.std()):.2f}; "
+        f"{100 * float((trial.posterior.second_mode < ONE_MODE).float().mean()):.0f} % have one mode of psi"
     ]
     rows += [_row("own", key, row) for key, row in coverages(own, own_truth, shifts).items()]
-    rows += [
-        _row("true", key, row)
-        for key, row in coverages(trial.posterior, frame.truth(judged), shifts).items()
-    ]
+    rows += [_row("true", key, row) for key, row in coverages(trial.posterior, truth, shifts).items()]
     rows.append(_row("true", "psi, one turn", one_turn(trial.posterior, judged)))
     return rows
 
