@@ -133,9 +133,10 @@ def fit_checkpoint(
     scratch: Path,
     on_epoch: Callable[[Checkpoint], None],
     before_batch: Callable[[], None] = lambda: None,
-) -> None:
+) -> float:
     """Trains a model from where its checkpoint stands; ``scratch`` takes what exceeds the memory.
 
+    Returns the seconds in which it waited for images: of the disk before the first epoch, then in batches.
     What ``before_batch`` raises ends reading and training.
     """
     settings = plan.settings
@@ -152,6 +153,7 @@ def fit_checkpoint(
         seed=settings["seed"],
     )
     fit(checkpoint, store, schedule, pick_device(settings["device"]), on_epoch, before_batch)
+    return source.waited_s + store.waited_s
 
 
 def average_classes(

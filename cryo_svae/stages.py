@@ -118,7 +118,8 @@ def train(job: Job, particles: ParticleSet, plan: Plan) -> Checkpoint:
             )
 
     with job.timed("training"), _naming_the_checkpoint(path):
-        fit_checkpoint(checkpoint, particles, plan, job.folder, on_epoch, job.before_batch)
+        waited_s = fit_checkpoint(checkpoint, particles, plan, job.folder, on_epoch, job.before_batch)
+    job.note_waiting("training", waited_s)
     return checkpoint
 
 

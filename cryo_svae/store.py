@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from cryo_svae.preprocessing import Preparation, prepared_images, working_ctf
 IN_MEMORY_BYTES = 4 * 2**30
 
 
-@dataclass(frozen=True)
+@dataclass
 class TrainingStore:
     """n usable particles, of which this process holds m: all, unless there are several.
 
@@ -34,12 +35,14 @@ class TrainingStore:
     ctf:      their CTF parameters on the working grid, or None.
     particle: (n,) the row of every usable particle in the particle set.
     first:    row among the n of the first one held.
+    waited_s: seconds that whoever asked for batches waited for them.
     """
 
     image: Float[Tensor, "m ..."]
     ctf: CtfTable | None
     particle: NDArray[np.intp]
     first: int = 0
+    waited_s: float = 0.0
 
     def __len__(self) -> int:
         return len(self.particle)
@@ -65,7 +68,10 @@ class TrainingStore:
     def batches(self, index: Int[Tensor, "m"], batch_size: int) -> Iterator[Batch]:
         """The rows ``index`` in order, ``batch_size`` at a time."""
         for start in range(0, len(index), batch_size):
-            yield self.batch(index[start : start + batch_size])
+            began = time.monotonic()
+            batch = self.batch(index[start : start + batch_size])
+            self.waited_s += time.monotonic() - began
+            yield batch
 
 
 def build_store(

@@ -52,6 +52,16 @@ def test_a_job_repeats_from_its_own_settings(make_dataset, tmp_path, command):
         assert differing(tmp_path / "a", tmp_path / "b") == []
 
 
+@pytest.mark.parametrize("engine", ["steerable", "coordinate"])
+def test_the_record_says_how_long_training_waited_for_images(make_dataset, tmp_path, engine):
+    job = tmp_path / "job"
+    settings = ["--engine", engine, "--epochs", "1", "--device", "cpu"]
+    assert main(["train", str(make_dataset(40)), "--out", str(job), *settings]) == 0
+    seconds = json.loads((job / "run.json").read_text())["seconds"]
+    assert 0 < seconds["training, waiting for images"] < seconds["training"]
+    assert "training waited for images" in (job / "run.log").read_text()
+
+
 def test_the_record_holds_versions_settings_and_what_was_read(make_dataset, tmp_path):
     star = make_dataset(12)
     job = tmp_path / "job"

@@ -15,7 +15,8 @@ from cryo_svae.errors import InputError
 
 SPACE = 32  # every byte up to the space separates cells
 WHITE = bytes(range(SPACE + 1))
-CHUNK_ROWS = 1 << 13
+CHUNK_ROWS = 8000  # no power of two, at which transposing is slow
+_WIDEST = 256
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?|inf|infinity|nan)", re.I | re.A)
 _LARGEST_EXACT_INTEGER = 2.0**53
 
@@ -140,14 +141,10 @@ class StarBlock:
     def _cells(self, column: int, rows: slice) -> NDArray[np.uint8] | None:
         """The bytes of cells (n, width), zeros behind each; None where one is empty or long."""
         starts, stops = self._spans(column, rows)
-        widths = stops - starts
-        width = int(widths.max())
-        buffer = self._text.buffer
-        if not (widths.min() > 0 and width <= 256 and starts.max() + width <= len(buffer)):
+        cells = windows(self._text.buffer, starts, stops)
+        if cells is None or not (stops > starts).all():
             return None
-        # the stretch from this cell to the next holds the cell, then only white space
-        cells = np.lib.stride_tricks.sliding_window_view(buffer, width)[starts]
-        cells[(cells <= SPACE) | (np.arange(width) >= widths[:, None])] = 0
+        cells[cells <= SPACE] = 0  # between this cell and the next
         return cells
 
     def _parse(self, column: int, rows: slice) -> NDArray[np.float64]:
@@ -196,6 +193,21 @@ class StarFile:
 def _joined(cells: NDArray[np.uint8]) -> NDArray[np.bytes_]:
     """Rows of bytes (n, width) as n byte strings without the zeros at their ends."""
     return cells.view(f"S{cells.shape[1]}")[:, 0]
+
+
+def windows(
+    buffer: NDArray[np.uint8], starts: NDArray[np.int64], stops: NDArray[np.int64]
+) -> NDArray[np.uint8] | None:
+    """The bytes of each stretch [start, stop) as rows (n, width), zeros behind them; None where one is long
+    or at the end of the buffer.
+    """
+    widths = stops - starts
+    width = max(int(widths.max(initial=0)), 1)
+    if width > _WIDEST or starts.max(initial=0) + width > len(buffer):
+        return None
+    rows: NDArray[np.uint8] = np.lib.stride_tricks.sliding_window_view(buffer, width)[starts]
+    rows[np.arange(width) >= widths[:, None]] = 0
+    return rows
 
 
 def slices(data: bytes, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> list[bytes]:

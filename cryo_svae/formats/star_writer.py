@@ -6,14 +6,16 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import chain, groupby
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cryo_svae.errors import InputError, OutputError
 from cryo_svae.formats.atomic import atomic_path
+from cryo_svae.formats.printed import Characters, printed
 from cryo_svae.formats.star_reader import parse_star
 from cryo_svae.formats.star_table import (
     CHUNK_ROWS,
@@ -26,9 +28,11 @@ from cryo_svae.formats.star_table import (
     slices,
     trim_white,
     unquote,
+    windows,
 )
 
 _RESERVED = re.compile(r"""[#"'_;$]|(data_|loop_|save_|stop_|global_)""", re.I)
+_SHORT = 16
 _UNWRITABLE = re.compile(r"[\n\r\0]")
 _MAY_BE_RESERVED = np.isin(np.arange(256), list(b"\n#\"'_;$dDlLsSgG"))
 
@@ -158,13 +162,11 @@ def _write_loop(
         file.writelines(_comments(text.data, ends[:-1], begins[1:]))
     for at in range(0, len(order), CHUNK_ROWS):
         chunk = order[at : at + CHUNK_ROWS]
-        new = {label: _formatted(cells, slice(at, at + len(chunk))) for label, cells in columns.items()}
-        pieces = _pieces_of_rows(table, chunk, begins[chunk], ends[chunk], new)
-        forms, values = zip(*pieces, strict=True)
-        written: Iterable[bytes] = map(b"".join(forms).__mod__, zip(*values, strict=True))
+        new = {label: _ready(cells, slice(at, at + len(chunk))) for label, cells in columns.items()}
+        *pieces, last = _pieces_of_rows(table, chunk, begins[chunk], ends[chunk], new)
         if rows is not None and view[-1] != ord("\n"):  # the file's last row may move up
-            written = (row if row.endswith(b"\n") else row + newline for row in written)
-        file.write(b"".join(written))
+            last = [end if end.endswith(b"\n") else end + newline for end in last]
+        file.write(b"".join(chain.from_iterable(zip(*pieces, last, strict=True))))
     file.write(view[ends[-1] :])
 
 
@@ -184,13 +186,13 @@ def _comments(data: bytes, starts: NDArray[np.int64], stops: NDArray[np.int64]) 
         yield from (line for line in gap.splitlines(keepends=True) if line.strip(WHITE))
 
 
-Formatted = tuple[bytes, list[Any]]  # a format, and what to put in it for each row
+Ready = list[bytes] | Characters  # cells ready to be written
 
 
-def _formatted(cells: Sequence[str] | Numbers, stretch: slice) -> Formatted:
+def _ready(cells: Sequence[str] | Numbers, stretch: slice) -> Ready:
     if isinstance(cells, Numbers):
-        return encode(cells.form), cells.values[stretch].tolist()
-    return b"%b", _quoted(cells[stretch])
+        return printed(cells.values[stretch], cells.form)
+    return _quoted(cells[stretch])
 
 
 def _pieces_of_rows(
@@ -198,22 +200,42 @@ def _pieces_of_rows(
     rows: NDArray[np.intp],
     begins: NDArray[np.int64],
     ends: NDArray[np.int64],
-    columns: Mapping[str, Formatted],
-) -> list[Formatted]:
-    """What makes up a row: old text, a new cell, old text, … and the rest of the line."""
-    data = table._text.data
-    pieces: list[Formatted] = []
+    columns: Mapping[str, Ready],
+) -> list[list[bytes]]:
+    """What makes up the rows: old text, new cells, old text, … and the rest of the lines."""
+    text = table._text
+    pieces: list[Ready] = []
     for column, label in enumerate(table.labels):
         if label in columns:
             starts, stops = table._spans(column, rows)
-            pieces += [(b"%b", slices(data, begins, starts)), columns[label]]
-            begins = trim_white(data, starts, stops)
+            pieces += [_kept(text, begins, starts), columns[label]]
+            begins = trim_white(text.data, starts, stops)
     if added := _added(table, columns):
         _, last = table._spans(len(table.labels) - 1, rows)
-        pieces.append((b"%b", slices(data, begins, last)))
-        pieces += [(b" " + columns[label][0], columns[label][1]) for _, label in added]
+        pieces.append(_kept(text, begins, last))
+        blank = np.full((1, len(rows)), SPACE, np.uint8)
+        pieces += [piece for _, label in added for piece in (blank, columns[label])]
         begins = last
-    return [*pieces, (b"%b", slices(data, begins, ends))]
+    return list(_joined([*pieces, _kept(text, begins, ends)]))
+
+
+def _kept(text: Text, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> Ready:
+    """Old text; white space and the like by its characters."""
+    if (stops - starts).max() <= _SHORT and (short := windows(text.buffer, starts, stops)) is not None:
+        return short.T
+    return slices(text.data, starts, stops)
+
+
+def _joined(pieces: Iterable[Ready]) -> Iterator[list[bytes]]:
+    """The pieces, where neighbours given by their characters come as one."""
+    for is_list, group in groupby(pieces, lambda piece: isinstance(piece, list)):
+        if is_list:
+            yield from (piece for piece in group if isinstance(piece, list))
+            continue
+        characters = np.ascontiguousarray(np.concatenate(list(group)).T)
+        is_there = characters != 0
+        stops = np.cumsum(is_there.sum(1))
+        yield slices(characters[is_there].tobytes(), np.concatenate([[0], stops[:-1]]), stops)
 
 
 def _write_list(

@@ -16,31 +16,43 @@ from cryo_svae.errors import InputError
 from cryo_svae.formats.mrc import read_images
 from cryo_svae.formats.star import read_star
 
-CASES = 300
+N_CASES = 300
+CASES = range(os.getpid() * N_CASES, (os.getpid() + 1) * N_CASES)
 
 
 @pytest.mark.parametrize("kind", ["star", "mrc", "cs"])
-def test_damaged_files_are_read_rightly_or_refused(shared_data: Path, tmp_path: Path, kind: str) -> None:
-    seen = torture(kind, shared_data, CASES, os.getpid(), tmp_path)
+def test_damaged_files_are_read_rightly_or_refused(
+    shared_data: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen = torture(kind, shared_data, CASES, tmp_path)
     assert seen["read"]
     assert seen["refused"]
+    assert not seen["wrong"]
 
 
 @pytest.mark.parametrize("kind", ["star", "mrc"])
-def test_made_up_files_are_read_rightly_or_refused(tmp_path: Path, kind: str) -> None:
-    seen = torture(kind, tmp_path, CASES, os.getpid(), tmp_path)
+def test_made_up_files_are_read_rightly_or_refused(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen = torture(kind, tmp_path, CASES, tmp_path)
     assert seen["read"]
     assert seen["refused"]
+    assert not seen["wrong"]
 
 
 def test_the_checks_fail_on_a_wrong_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader that is off by a little is found out by its judges."""
+    """A reader that is off by a little is found out by its judges, and the file is kept."""
     path = tmp_path / "a.star"
     path.write_text("data_\nloop_\n_a\n1.5\n2.5\n")
     assert check_star(path) == "read"
     monkeypatch.setattr("benchmarks.torture.read_star", lambda path: _shifted(read_star(path)))
     with pytest.raises(AssertionError):
         check_star(path)
+    monkeypatch.chdir(tmp_path)
+    seen = torture("star", tmp_path, range(N_CASES), tmp_path)
+    assert seen["wrong"] == len(list(tmp_path.glob("torture_star_*.star"))) > 0
     stack = tmp_path / "a.mrcs"
     header = bytearray(1024)
     struct.pack_into("<4i", header, 0, 2, 2, 1, 2)
