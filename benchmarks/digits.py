@@ -1,7 +1,7 @@
 """Digits and models of the paper's experiments: images in known poses, training on arrays, test bounds.
 
 Experiments of Bepler et al., "Explicitly disentangling image content from translation and rotation
-with spatial-VAE", NeurIPS 2019 (arXiv:1909.11663); ``paper_digits``, ``paper_clusters``, ``paper_galaxies``.
+with spatial-VAE", NeurIPS 2019: ``paper_digits``, ``paper_clusters`` and ``paper_galaxies``.
 """
 
 from __future__ import annotations
