@@ -1,6 +1,6 @@
 """Test bounds of digits, the paper's Figure 2, and manifolds of a two-dimensional z, its Figure 3.
 
-    python -m benchmarks.paper_digits --source ../shared/data/mnist [--size paper|cpu|quick] [--z-dims 2 10]
+    python -m benchmarks.paper_digits --source ../shared/data/mnist [--size paper|cpu|small|quick]
 
 Plain digits, digits turned by N(0, (pi/4)²) and shifted by N(0, 1.4² px), and digits turned and shifted
 by N(0, 14² px) on a canvas of 84 px that holds them. Three models on each: the spatial-VAE, the same
@@ -47,7 +47,8 @@ class Size:
 SIZES = {
     "paper": Size(60_000, 10_000, 1, 1, 500, 100, 100, 1e-4, (2, 5, 10, 20, 50, 100)),
     "cpu": Size(12_000, 1_000, 2, 3, 128, 5, 20, 1e-3, (2, 10, 50)),
-    "quick": Size(2_000, 500, 2, 4, 64, 8, 16, 2e-3, (2,)),
+    "small": Size(12_000, 1_000, 2, 4, 64, 5, 20, 2e-3, (2,)),
+    "quick": Size(2_000, 500, 2, 4, 32, 10, 10, 5e-3, (2,)),
 }
 
 

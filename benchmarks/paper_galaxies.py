@@ -1,12 +1,12 @@
 """Galaxies: test bounds and samples of the spatial-VAE at pose zero, the paper's Figure 5.
 
-    python -m benchmarks.paper_galaxies --source ../shared/data/galaxies [--size paper|cpu|quick]
+    python -m benchmarks.paper_galaxies --source ../shared/data/galaxies [--size paper|cpu|small|quick]
 
 Images of 64 px, three colours, Bernoulli; every tenth is kept for the test. The models are the
-spatial-VAE, the same with its pose fixed at 0, and a vanilla VAE. As in the paper the rotation's prior has a
-free mean and a standard deviation of pi, shifts one of 0.1 of half the box, the encoder's input is turned
-at random, generators have 500 units and encoders 5,000; z rests at 0 for the first two epochs. The folder
-has 2,000 images, far fewer than the paper's set, so that samples show no more than the principle.
+spatial-VAE, the same with its pose fixed at 0, and a vanilla VAE. As in the paper the rotation's prior has
+a free mean and a standard deviation of pi, shifts one of 0.1 of half the box, the encoder's input is
+turned at random, generators have 500 units and encoders 5,000; z rests at 0 for the first two epochs.
+The folder has 2,000 images, far fewer than the paper's set: samples show no more than the principle.
 
 How far a model brings galaxies into one frame is measured on test images moved by their own poses: the
 mean of their complex ellipticities (Ixx - Iyy + 2i Ixy) / (Ixx + Iyy), over the mean of their sizes:
@@ -50,7 +50,8 @@ class Size:
 SIZES = {
     "paper": Size(2_000, 1, 500, 5_000, 300, 100, 1e-4, (20, 50, 100)),
     "cpu": Size(2_000, 2, 128, 500, 20, 20, 1e-3, (20,)),
-    "quick": Size(400, 4, 64, 100, 20, 16, 2e-3, (20,)),
+    "small": Size(2_000, 4, 64, 200, 40, 20, 2e-3, (20,)),
+    "quick": Size(800, 4, 32, 100, 20, 10, 5e-3, (10,)),
 }
 MODELS = {
     "vanilla VAE": ("vanilla", {}),
