@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from benchmarks import digits, paper_clusters, paper_digits, paper_galaxies
-from benchmarks.measures import circular_correlation
 from cryo_svae import geometry
 
 
@@ -33,16 +32,10 @@ def galaxies(shared_data):
 
 
 @pytest.fixture
-def smallest(monkeypatch, tmp_path):
-    """Makes an experiment's quick size smaller still, and its results go to a folder of their own."""
+def results(monkeypatch, tmp_path):
+    """Where an experiment writes in this test."""
     monkeypatch.chdir(tmp_path)
-
-    def shrink(module, **changes):
-        quick = dataclasses.replace(module.SIZES["quick"], **changes)
-        monkeypatch.setitem(module.SIZES, "quick", quick)
-        return tmp_path / "results"
-
-    return shrink
+    return tmp_path / "results"
 
 
 def table(path, header):
@@ -116,8 +109,7 @@ def test_tiles_keep_the_order_of_rows():
     assert digits.tiles(images, 2)[[1, 1, 5, 5], [1, 5, 1, 5]].tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
-def test_digits_beat_a_model_without_latents(mnist, smallest):
-    results = smallest(paper_digits, n_train=1_000, n_test=200, epochs=10, hidden=32, learning_rate=5e-3)
+def test_digits_beat_a_model_without_latents(mnist, results):
     paper_digits.main(["--source", str(mnist), "--quick", "--device", "cpu", "--sets", "plain"])
     rows = {line[22:34].strip(): line[34:].split() for line in table(results / "paper_digits.txt", "set  ")}
     assert list(rows) == ["vanilla VAE", "fixed pose", "spatial-VAE"]
@@ -126,3 +118,27 @@ def test_digits_beat_a_model_without_latents(mnist, smallest):
     assert all(bound > no_latent for bound in bounds.values()), (bounds, no_latent)
     assert (results / "paper_digits_bounds.png").stat().st_size > 0
     assert (results / "paper_digits_manifolds.png").stat().st_size > 0
+
+
+def test_the_steerable_engine_tells_turned_digits_apart(mnist, results, monkeypatch):
+    quick = dataclasses.replace(paper_clusters.SIZES["quick"], epochs=1)
+    monkeypatch.setitem(paper_clusters.SIZES, "quick", quick)
+    paper_clusters.main(["--source", str(mnist), "--quick", "--device", "cpu"])
+    rows = {line.split()[0]: line.split() for line in table(results / "paper_clusters.txt", "engine ")}
+    assert list(rows) == ["pixels", "steerable", "coordinate", "vanilla"]
+    assert float(rows["steerable"][2]) > float(rows["pixels"][2])
+    within_a_digit = 5 if paper_clusters.GaussianMixture is not None else 4
+    assert float(rows["steerable"][within_a_digit]) > 0.2
+    assert (results / "paper_clusters.png").stat().st_size > 0
+
+
+def test_galaxies_beat_a_model_without_latents(galaxies, results):
+    paper_galaxies.main(["--source", str(galaxies), "--quick", "--device", "cpu"])
+    rows = {
+        line[:12].strip(): line[12:].split() for line in table(results / "paper_galaxies.txt", "model ")
+    }
+    assert list(rows) == ["vanilla VAE", "fixed pose", "spatial-VAE"]
+    no_latent = float(rows["vanilla VAE"][3])
+    assert float(rows["fixed pose"][1]) > no_latent
+    assert float(rows["spatial-VAE"][1]) > no_latent
+    assert (results / "paper_galaxies_z10.png").stat().st_size > 0
