@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from cryo_svae.training import Schedule, fit, seed_everything
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 DIGIT_PX = 28
 BATCH = 500  # images in a test batch
+Size = TypeVar("Size")
 
 
 @dataclass(frozen=True)
@@ -235,12 +237,13 @@ def save_figure(figure, name: str) -> None:
     figure.savefig(RESULTS / f"{name}.png", dpi=100)
 
 
-def parser_of(doc: str, sizes: dict[str, object]) -> argparse.ArgumentParser:
+def parser_of(doc: str, sizes: dict[str, Size]) -> argparse.ArgumentParser:
     """The options that the experiments share."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="folder of the images")
     parser.add_argument("--size", choices=list(sizes), default="paper", help="see SIZES in this file")
     parser.add_argument("--quick", action="store_const", const="quick", dest="size", help="--size quick")
+    parser.add_argument("--epochs", type=int, help="passes over the training images [those of the size]")
     parser.add_argument("--z-dims", type=int, nargs="+", help="latent dimensions [those of the size]")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--seed", type=int, default=0)
@@ -255,6 +258,12 @@ def refusals() -> Iterator[None]:
     except CryoSvaeError as error:
         sys.stderr.write(f"{error}\n")
         raise SystemExit(error.exit_code) from None
+
+
+def size_of(arguments: argparse.Namespace, sizes: dict[str, Size]) -> Size:
+    """The size asked for, with what was given in place of its own."""
+    given = {name: getattr(arguments, name) for name in ("epochs", "z_dims")}
+    return replace(sizes[arguments.size], **{name: value for name, value in given.items() if value})
 
 
 def described(size: object) -> str:

@@ -153,7 +153,7 @@ def main(arguments_given: list[str] | None = None) -> None:
     """Prints a row an engine as it is done, and writes table and figure."""
     parser = digits.parser_of(__doc__, SIZES)
     arguments = parser.parse_args(arguments_given)
-    size = SIZES[arguments.size]
+    size = digits.size_of(arguments, SIZES)
     lines = [
         f"size {arguments.size}: {digits.described(size)}; seed {arguments.seed}",
         f"noise of {NOISE_STD} of the strokes before binning; "
@@ -174,7 +174,7 @@ def main(arguments_given: list[str] | None = None) -> None:
         pixels = principal_components(test.flatten(1).double().numpy(), 50)
         add(f"{'pixels':12s} {'50':>5s} {cluster_scores(pixels, turned.label, arguments.seed)}")
         true_psi = turned.psi_rad.double().numpy()
-        for z_dim in arguments.z_dims or size.z_dims:
+        for z_dim in size.z_dims:
             models = {}
             for name in ("steerable", "coordinate", "vanilla"):
                 trained = train_engine(name, train, size, z_dim, arguments)

@@ -136,7 +136,7 @@ def main(arguments_given: list[str] | None = None) -> None:
     """Prints a row a model as it is done, and writes table and figures."""
     parser = digits.parser_of(__doc__, SIZES)
     arguments = parser.parse_args(arguments_given)
-    size = SIZES[arguments.size]
+    size = digits.size_of(arguments, SIZES)
     lines = [
         f"size {arguments.size}: {digits.described(size)}; seed {arguments.seed}; bounds in nats an image,",
         "3 posterior samples each; gain over the vanilla VAE ± standard error over the test images",
@@ -148,7 +148,7 @@ def main(arguments_given: list[str] | None = None) -> None:
         train, test = read_galaxies(arguments.source, size)
         grey = test.mean(1)
         floor = digits.mean_image_bound(train, test)
-        for z_dim in arguments.z_dims or size.z_dims:
+        for z_dim in size.z_dims:
             models: dict[str, Trained] = {}
             baseline = None
             for name in MODELS:
