@@ -139,13 +139,15 @@ def draw(turned: Posed, noisy: torch.Tensor, models: dict[str, tuple[Trained, to
     shown = torch.tensor([int(np.flatnonzero(turned.label == k % 10)[k // 10]) for k in range(SHOWN)])
     rows = [("image", turned.images[shown]), ("with noise", noisy[shown])]
     for name, (trained, z) in models.items():
-        rows.append((f"{name}, pose zero", digits.decode(trained, z[shown])))
+        caption = name if name == "vanilla" else f"{name}, pose zero"
+        rows.append((caption, digits.decode(trained, z[shown])))
     figure = Figure(figsize=(SHOWN, 1.05 * len(rows)), layout="constrained")
     for axis, (name, images) in zip(figure.subplots(len(rows), 1), rows, strict=True):
         low, high = np.quantile(images.numpy(), [0.02, 0.998])
         axis.imshow(digits.tiles(images, SHOWN, gap=float(high)), cmap="gray", vmin=low, vmax=high)
         axis.set_ylabel(name, rotation=0, ha="right", va="center")
         axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
     digits.save_figure(figure, "paper_clusters")
 
 

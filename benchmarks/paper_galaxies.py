@@ -117,7 +117,7 @@ def draw(test: torch.Tensor, models: dict[str, Trained], z_dim: int, seed: int) 
     rows = [("test images", test[:SHOWN])]
     for name, trained in models.items():
         z = digits.infer(trained, test[:SHOWN]).z_mean
-        rows.append((f"{name}:\nthe same, pose zero", digits.decode(trained, z)))
+        rows.append((f"{name}:\ndecoded at pose zero", digits.decode(trained, z)))
     sampled = torch.randn(2 * SHOWN, z_dim, generator=torch.Generator().manual_seed(seed))
     for name, trained in models.items():
         rows.append((f"{name}:\nsamples", digits.decode(trained, sampled)))
