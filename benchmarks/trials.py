@@ -159,7 +159,11 @@ def where() -> str:
 
 def report(name: str, lines: list[str]) -> None:
     """Prints a table and writes it to results/NAME.txt."""
-    text = "\n".join([*lines, where()])
-    print(text, flush=True)
+    print("\n".join([*lines, where()]), flush=True)
+    write(name, lines)
+
+
+def write(name: str, lines: list[str]) -> None:
+    """Writes a table to results/NAME.txt."""
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.txt").write_text(text + "\n")
+    (RESULTS / f"{name}.txt").write_text("\n".join([*lines, where()]) + "\n")

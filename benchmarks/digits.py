@@ -1,0 +1,271 @@
+"""Digits and models of the paper's experiments: images in known poses, training on arrays, test bounds.
+
+Experiments of Bepler et al., "Explicitly disentangling image content from translation and rotation
+with spatial-VAE", NeurIPS 2019: ``paper_digits``, ``paper_clusters`` and ``paper_galaxies``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gzip
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from benchmarks.trials import RESULTS
+from cryo_svae import geometry
+from cryo_svae.checkpoint import Checkpoint
+from cryo_svae.errors import CryoSvaeError, InputError
+from cryo_svae.fitting import pick_device
+from cryo_svae.models import ENGINES
+from cryo_svae.models.engine import ElboTerms, Posterior
+from cryo_svae.preprocessing import Preparation
+from cryo_svae.store import TrainingStore
+from cryo_svae.training import Schedule, fit, seed_everything
+
+MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+DIGIT_PX = 28
+BATCH = 500  # images in a test batch
+Size = TypeVar("Size")
+
+
+@dataclass(frozen=True)
+class Posed:
+    """Images (n, N, N) in [0, 1] and their truth: psi in rad, origin (x, y) in px, which digit.
+
+    An image is I(p) = Ref(R(psi) (p + o)).
+    """
+
+    images: Tensor
+    psi_rad: Tensor
+    origin_px: Tensor
+    label: NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model after training, the seconds of it, and images a second."""
+
+    checkpoint: Checkpoint
+    seconds: float
+    images_per_second: float
+
+
+def read_idx(path: Path) -> NDArray[np.uint8]:
+    """The bytes of a gzipped IDX file, in its shape."""
+    if not path.is_file():
+        raise InputError(
+            path,
+            found="no file",
+            expected="a gzipped file of MNIST",
+            remedy=f"download {MNIST}{path.name} into {path.parent} (or name its folder by --source).",
+        )
+    data = gzip.decompress(path.read_bytes())
+    n_axes = data[3]
+    shape = np.frombuffer(data, ">u4", n_axes, 4)
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * n_axes).reshape(shape)
+
+
+def read_mnist(folder: Path, part: str, n: int) -> tuple[Tensor, NDArray[np.uint8]]:
+    """The first n digits of ``train`` or ``t10k``, 28 px, in [0, 1], and which they are."""
+    images = read_idx(folder / f"{part}-images-idx3-ubyte.gz")[:n]
+    return torch.from_numpy(images.astype(np.float32) / 255.0), read_idx(
+        folder / f"{part}-labels-idx1-ubyte.gz"
+    )[:n]
+
+
+def posed(
+    digits: Tensor,
+    label: NDArray[np.uint8],
+    psi_rad: Tensor,
+    shift_std_px: float,
+    *,
+    canvas_px: int = DIGIT_PX,
+    binned: int = 1,
+    generator: torch.Generator,
+) -> Posed:
+    """Digits turned by psi and shifted, on a canvas; ``binned``: mean of squares of so many pixels.
+
+    Shifts are N(0, std²), drawn again where a digit (a disc of 28 px) would leave a larger canvas.
+    The pose is that of the binned images, in their pixels.
+    """
+    room = (canvas_px - DIGIT_PX) // 2
+    origin = shift_std_px * torch.randn(len(digits), 2, generator=generator)
+    while room and bool((outside := (origin.abs() > room).any(1)).any()):
+        origin[outside] = shift_std_px * torch.randn(int(outside.sum()), 2, generator=generator)
+    parts = []
+    for rows in torch.arange(len(digits)).split(2000):
+        canvas = torch.nn.functional.pad(digits[rows], (room,) * 4)
+        moved = geometry.pose_references(canvas, psi_rad[rows], origin[rows]).clamp(0.0, 1.0)
+        parts.append(bin_images(moved, binned))
+    return Posed(torch.cat(parts), psi_rad, origin / binned, label)
+
+
+def bin_images(images: Tensor, binned: int) -> Tensor:
+    """Means of squares of pixels; the last two axes."""
+    return images if binned == 1 else torch.nn.functional.avg_pool2d(images, binned)
+
+
+def store_of(checkpoint: Checkpoint, images: Tensor) -> TrainingStore:
+    """Images as an engine keeps them, without the preparation that micrographs need."""
+    engine = checkpoint.engine.cpu()
+    kept = [engine.represent(part) for part in images.split(1024)]
+    return TrainingStore(torch.cat(kept), None, np.arange(len(images)))
+
+
+def train(
+    engine_name: str,
+    images: Tensor,
+    z_dim: int,
+    *,
+    epochs: int,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    seed: int,
+    device: str,
+    **config: object,
+) -> Trained:
+    """An engine trained on images (n, N, N) or (n, 3, N, N); batch and rate are its own if not given."""
+    engine_class, config_class = ENGINES[engine_name]
+    defaults = engine_class.training_defaults
+    box_px = images.shape[-1]
+    seed_everything(seed, -1)
+    engine = engine_class(box_px, z_dim, replace(config_class(), **config))
+    preparation = Preparation(
+        box_px=box_px, pixel_size_angst=1.0, mask_diameter_angst=float(box_px), invert=False
+    )
+    checkpoint = Checkpoint(engine_name, engine, preparation, False, None, epochs_done=0, history=[])
+    schedule = Schedule(
+        epochs=epochs,
+        batch_size=batch_size or defaults.batch_size,
+        learning_rate=learning_rate or defaults.learning_rate,
+        one_cycle=defaults.schedule == "one-cycle",
+        held_out=0.0,
+        patience=None,
+        seed=seed,
+    )
+    store = store_of(checkpoint, images)
+    began = time.perf_counter()
+    fit(checkpoint, store, schedule, pick_device(device), lambda _: None)
+    seconds = time.perf_counter() - began
+    return Trained(checkpoint, seconds, epochs * len(images) / seconds)
+
+
+def held_out_bound(trained: Trained, images: Tensor, n_samples: int = 3) -> ElboTerms:
+    """Bounds (n,) of images that were not trained on, each the mean of so many posterior samples."""
+    checkpoint = trained.checkpoint
+    device = next(checkpoint.engine.parameters()).device
+    store = store_of(checkpoint, images)
+    engine = checkpoint.engine.to(device).eval()
+    index = torch.arange(len(store))
+    seed_everything(0, -1)
+    samples = []
+    with torch.no_grad():
+        for _ in range(n_samples):
+            terms = [engine.elbo(batch.to(device)) for batch in store.batches(index, BATCH)]
+            samples.append(
+                [
+                    torch.cat([getattr(t, name) for t in terms]).cpu()
+                    for name in ("log_likelihood", "kl_z", "kl_pose")
+                ]
+            )
+    return ElboTerms(*(torch.stack(part).mean(0) for part in zip(*samples, strict=True)))
+
+
+def mean_image_bound(train_images: Tensor, images: Tensor) -> float:
+    """Nats of Bernoulli images under the mean of the training images: a model without latents."""
+    mean = train_images.mean(0).clamp(1e-4, 1.0 - 1e-4)
+    return float((images * mean.log() + (1.0 - images) * (1.0 - mean).log()).flatten(1).sum(1).mean())
+
+
+def gain(bound: Tensor, baseline: Tensor) -> str:
+    """Mean difference of two bounds of the same images, ± its standard error over the images."""
+    difference = (bound - baseline).double()
+    return f"{difference.mean():+.2f} ± {difference.std() / len(difference) ** 0.5:.2f}"
+
+
+def tiles(images: Tensor, columns: int, gap: float = 1.0) -> NDArray[np.float32]:
+    """Images (k, N, N) or (k, 3, N, N) side by side, row by row, a pixel of ``gap`` between them."""
+    channels_last = images.movedim(1, -1) if images.ndim == 4 else images
+    padded = np.pad(
+        channels_last.numpy(), [(0, 0), (1, 1), (1, 1)] + [(0, 0)] * (images.ndim - 3), constant_values=gap
+    )
+    rows = [np.concatenate(list(padded[i : i + columns]), 1) for i in range(0, len(padded), columns)]
+    return np.concatenate(rows, 0)
+
+
+def infer(trained: Trained, images: Tensor) -> Posterior:
+    """Posterior of images that were not trained on."""
+    device = next(trained.checkpoint.engine.parameters()).device
+    store = store_of(trained.checkpoint, images)
+    engine = trained.checkpoint.engine.to(device).eval()
+    batches = store.batches(torch.arange(len(store)), BATCH)
+    with torch.no_grad():
+        return Posterior.cat([engine.infer(batch.to(device)).to("cpu") for batch in batches])
+
+
+def z_grid(side: int, widest: float = 2.0) -> Tensor:
+    """Points (side², 2) of the plane of z, row by row from the top left."""
+    line = torch.linspace(-widest, widest, side)
+    y, x = torch.meshgrid(line.flip(0), line, indexing="ij")
+    return torch.stack([x.flatten(), y.flatten()], 1)
+
+
+def decode(trained: Trained, z: Tensor) -> Tensor:
+    """Generated images at pose zero."""
+    engine = trained.checkpoint.engine.eval()
+    device = next(engine.parameters()).device
+    with torch.no_grad():
+        return torch.cat([engine.decode(part.to(device)).cpu() for part in z.split(64)])
+
+
+def save_figure(figure, name: str) -> None:
+    """Writes results/NAME.png."""
+    RESULTS.mkdir(exist_ok=True)
+    figure.savefig(RESULTS / f"{name}.png", dpi=100)
+
+
+def parser_of(doc: str, sizes: dict[str, Size]) -> argparse.ArgumentParser:
+    """The options that the experiments share."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--source", type=Path, required=True, help="folder of the images")
+    parser.add_argument("--size", choices=list(sizes), default="paper", help="see SIZES in this file")
+    parser.add_argument("--quick", action="store_const", const="quick", dest="size", help="--size quick")
+    parser.add_argument("--epochs", type=int, help="passes over the training images [those of the size]")
+    parser.add_argument("--z-dims", type=int, nargs="+", help="latent dimensions [those of the size]")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Ends a command with the message of a user's error and its exit code, without a traceback."""
+    try:
+        yield
+    except CryoSvaeError as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(error.exit_code) from None
+
+
+def size_of(arguments: argparse.Namespace, sizes: dict[str, Size]) -> Size:
+    """The size asked for, with what was given in place of its own."""
+    given = {name: getattr(arguments, name) for name in ("epochs", "z_dims")}
+    return replace(sizes[arguments.size], **{name: value for name, value in given.items() if value})
+
+
+def described(size: object) -> str:
+    """A size in words, for the head of a table."""
+    return ", ".join(f"{name} {value}" for name, value in vars(size).items())
