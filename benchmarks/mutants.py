@@ -53,8 +53,8 @@ MUTANTS = [
     Mutant(
         "sign of psi, in the table",
         "estimation.py",
-        "psi_deg=spread(geometry.degrees(posterior.psi_rad))",
-        "psi_deg=spread(-geometry.degrees(posterior.psi_rad))",
+        '"psi_deg": geometry.degrees(posterior.psi_rad)',
+        '"psi_deg": -geometry.degrees(posterior.psi_rad)',
         ("tests/test_estimation.py",),
     ),
     Mutant(
@@ -193,8 +193,8 @@ MUTANTS = [
     Mutant(
         "pixels for Å in the table",
         "estimation.py",
-        "origin_angst=spread(posterior.origin_px * pixel_size_angst)",
-        "origin_angst=spread(posterior.origin_px)",
+        '"origin_angst": posterior.origin_px * pixel_size_angst',
+        '"origin_angst": posterior.origin_px',
         ("tests/test_estimation.py",),
     ),
     Mutant(

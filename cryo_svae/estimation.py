@@ -43,30 +43,34 @@ class EstimateTable:
         return len(self.usable)
 
 
-def to_table(
-    posterior: Posterior, row: NDArray[np.intp], n_particles: int, pixel_size_angst: float
-) -> EstimateTable:
-    """Posteriors of particles ``row`` among n, the others being unusable."""
+def empty_table(n_particles: int, z_dim: int) -> EstimateTable:
+    """A table of zeros, in which no particle is usable."""
+    shapes = {"z": (n_particles, z_dim), "z_std": (n_particles, z_dim), "origin_angst": (n_particles, 2)}
+    columns = {
+        field.name: np.zeros(shapes.get(field.name, n_particles), dtype=np.float64)
+        for field in fields(EstimateTable)
+    }
+    return EstimateTable(**columns | {"usable": np.zeros(n_particles, dtype=bool)})
 
-    def spread(values: torch.Tensor) -> Reals:
-        table = np.zeros((n_particles, *values.shape[1:]))
-        table[row] = values.double().numpy()
-        return table
 
-    usable = np.zeros(n_particles, dtype=bool)
-    usable[row] = True
-    return EstimateTable(
-        z=spread(posterior.z_mean),
-        z_std=spread(posterior.z_std),
-        psi_deg=spread(geometry.degrees(posterior.psi_rad)),
-        psi_std_deg=spread(geometry.degrees(posterior.psi_std_rad)),
-        origin_angst=spread(posterior.origin_px * pixel_size_angst),
-        origin_std_angst=spread(posterior.origin_std_px * pixel_size_angst),
-        figure_of_merit=spread(posterior.figure_of_merit),
-        log_likelihood=spread(posterior.log_likelihood),
-        second_mode=spread(posterior.second_mode),
-        usable=usable,
-    )
+def fill(
+    table: EstimateTable, row: NDArray[np.intp], posterior: Posterior, pixel_size_angst: float
+) -> None:
+    """Writes the posteriors of particles ``row`` into the table."""
+    columns = {
+        "z": posterior.z_mean,
+        "z_std": posterior.z_std,
+        "psi_deg": geometry.degrees(posterior.psi_rad),
+        "psi_std_deg": geometry.degrees(posterior.psi_std_rad),
+        "origin_angst": posterior.origin_px * pixel_size_angst,
+        "origin_std_angst": posterior.origin_std_px * pixel_size_angst,
+        "figure_of_merit": posterior.figure_of_merit,
+        "log_likelihood": posterior.log_likelihood,
+        "second_mode": posterior.second_mode,
+    }
+    for name, values in columns.items():
+        getattr(table, name)[row] = values.double().numpy()
+    table.usable[row] = True
 
 
 def estimate(
@@ -81,10 +85,10 @@ def estimate(
     ctf = None
     if checkpoint.use_ctf and source.particles.ctf is not None:
         ctf = working_ctf(source.particles.ctf, checkpoint.preparation)
-    parts: list[Posterior] = []
+    # written in place: small results kept between large temporaries would hold the heap in pieces
+    table = empty_table(n_particles, engine.z_dim)
     pieces = Pieces()
     own = np.arange(n_particles)[distributed.block(n_particles, CHUNK)]
-    rows = [own[:0]]
     chunks = prepared_images(source, own, checkpoint.preparation, CHUNK)
     hidden = not sys.stderr.isatty() or distributed.rank() > 0
     progress = tqdm(total=len(own), desc="estimate", disable=hidden, leave=False)
@@ -96,18 +100,10 @@ def estimate(
                 row = torch.from_numpy(kept[start : start + batch_size])
                 image = represented[start : start + batch_size]
                 batch = Batch(row, image, None if ctf is None else ctf[row])
-                parts += pieces.of(batch, lambda piece: engine.infer(piece.to(device)).to("cpu"))
-            rows.append(kept)
+                found = pieces.of(batch, lambda piece: engine.infer(piece.to(device)).to("cpu"))
+                fill(table, row.numpy(), Posterior.cat(found), checkpoint.preparation.pixel_size_angst)
             progress.update(len(index))
-    posterior = Posterior.cat(parts) if parts else _nothing(engine.z_dim)
-    pixel_size_angst = checkpoint.preparation.pixel_size_angst
-    table = to_table(posterior, np.concatenate(rows), n_particles, pixel_size_angst)
     for field in fields(table):
         values = torch.from_numpy(getattr(table, field.name))
         distributed.unite(values, distributed.block(n_particles, CHUNK))
     return table
-
-
-def _nothing(z_dim: int) -> Posterior:
-    shapes = {"z_mean": (0, z_dim), "z_std": (0, z_dim), "origin_px": (0, 2)}
-    return Posterior(*(torch.zeros(shapes.get(f.name, (0,))) for f in fields(Posterior)))

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from cryo_svae.estimation import to_table
+from cryo_svae.estimation import empty_table, fill
 from cryo_svae.models.engine import Posterior
 
 
@@ -23,7 +23,8 @@ def test_radians_and_pixels_become_degrees_and_angstroms_in_their_rows():
         log_likelihood=torch.tensor([-100.0, -200.0]),
         second_mode=torch.tensor([0.0, 0.2]),
     )
-    table = to_table(posterior, np.array([2, 0]), 3, pixel_size_angst=2.5)
+    table = empty_table(3, z_dim=2)
+    fill(table, np.array([2, 0]), posterior, pixel_size_angst=2.5)
     assert table.usable.tolist() == [True, False, True]
     np.testing.assert_allclose(table.psi_deg, [-30.0, 0.0, 90.0], atol=1e-5)
     np.testing.assert_allclose(table.psi_std_deg, [2.0, 0.0, 1.0], atol=1e-6)
