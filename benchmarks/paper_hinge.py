@@ -79,15 +79,16 @@ class Row:
     def scores(self, truth: Simulated) -> tuple[float, float]:
         """Correlations with conformation and with rotation, of whichever latent has the best.
 
-        A content coordinate counts for rotation by its multiple correlation with cos psi and sin psi,
-        the kindest measure of a number against an angle.
+        A content coordinate counts for rotation by its multiple correlation with the cosines and sines
+        of psi and 2 psi: the kindest measure of a number against an angle, as these models tend to
+        learn the turn of an oblong blob, which half a turn leaves as it is.
         """
         conformation, psi = truth.conformation[:, 0].double().numpy(), truth.psi_rad.double().numpy()
         coordinates = self.z.double().numpy().T
         of_conformation = max(r_z(z, conformation) for z in coordinates)
         if self.psi_rad is not None:
             return of_conformation, circular_correlation(self.psi_rad.double().numpy(), psi)
-        turn = np.stack([np.cos(psi), np.sin(psi)], 1)
+        turn = np.stack([np.cos(psi), np.sin(psi), np.cos(2 * psi), np.sin(2 * psi)], 1)
         return of_conformation, max(r_z(turn, z) for z in coordinates)
 
     def text(self, truth: Simulated) -> str:
