@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from cryo_svae.checkpoint import Checkpoint
 from cryo_svae.ctf import CtfTable
 from cryo_svae.fitting import pick_device
 from cryo_svae.models import ENGINES
-from cryo_svae.models.engine import Posterior
+from cryo_svae.models.engine import ElboTerms, Posterior
 from cryo_svae.preprocessing import Preparation
 from cryo_svae.store import TrainingStore
 from cryo_svae.training import Schedule, fit, seed_everything, split_held_out
@@ -47,13 +47,14 @@ class Effort:
 class Trained:
     """A model, the images that it was trained on and those held out, and what its training took.
 
-    held: rows of ``store`` that were held out.
+    held, trained_on: rows of ``store``.
     seen: images trained on, counted each time.
     """
 
     checkpoint: Checkpoint
     store: TrainingStore
     held: Tensor
+    trained_on: Tensor
     seen: int
     minutes: float
     cpu_minutes: float
@@ -61,7 +62,7 @@ class Trained:
     @property
     def took(self) -> str:
         """Passes over the training images, and minutes by the clock and of the processor."""
-        epochs = self.seen / (len(self.store) - len(self.held))
+        epochs = self.seen / len(self.trained_on)
         return f"{epochs:6.1f} {self.minutes:7.1f} {self.cpu_minutes:7.1f}"
 
     @property
@@ -120,20 +121,19 @@ def train(
     steps_an_epoch = math.ceil(len(train_rows) / schedule.batch_size)
     whole, rest = divmod(steps, steps_an_epoch)
     seen = whole * len(train_rows) + rest * schedule.batch_size
-    return Trained(checkpoint, store, held, seen, minutes, cpu)
+    return Trained(checkpoint, store, held, train_rows, seen, minutes, cpu)
 
 
-def held_out_bounds(trained: Trained, n_samples: int = 3) -> Tensor:
-    """Bound of each image held out (n,) in nats, the mean of so many posterior samples."""
+def bounds(trained: Trained, rows: Tensor, n_samples: int = 3) -> ElboTerms:
+    """Bound of each of some rows of the store (n,), the mean of so many posterior samples."""
     engine = trained.checkpoint.engine.eval()
     seed_everything(0, -1)
+    samples = []
     with torch.no_grad():
-        return torch.stack(
-            [
-                torch.cat([engine.elbo(batch).elbo for batch in trained.store.batches(trained.held, BATCH)])
-                for _ in range(n_samples)
-            ]
-        ).mean(0)
+        for _ in range(n_samples):
+            terms = [engine.elbo(batch) for batch in trained.store.batches(rows, BATCH)]
+            samples.append([torch.cat([getattr(t, f.name) for t in terms]) for f in fields(ElboTerms)])
+    return ElboTerms(*(torch.stack(parts).mean(0) for parts in zip(*samples, strict=True)))
 
 
 def decode(trained: Trained, z: Tensor) -> Tensor:
