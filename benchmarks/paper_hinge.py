@@ -1,6 +1,6 @@
 """A hinge in every in-plane rotation: the paper's Table 1 and Figure 4, with the Bayes limit beside.
 
-    python -m benchmarks.paper_hinge --source ../shared/data/motion [--size paper|cpu|quick] [--minutes 15]
+    python -m benchmarks.paper_hinge --source ../shared/data/motion [--size SIZE] [--minutes 15]
 
 The paper simulated 5HDB, whose images are no longer to be had; Hsp90, its arms opened, stands in (without
 --source: the built-in hinge). Centred, psi uniform; a fifth of the images is held out, and every

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks import trials
@@ -153,7 +154,7 @@ def parser_of(doc: str | None, sizes: dict[str, object]) -> argparse.ArgumentPar
     return parser
 
 
-def save_figure(figure, name: str) -> Path:
+def save_figure(figure: Figure, name: str) -> Path:
     """Writes results/NAME.png."""
     trials.RESULTS.mkdir(exist_ok=True)
     path = trials.RESULTS / f"{name}.png"
@@ -161,10 +162,8 @@ def save_figure(figure, name: str) -> Path:
     return path
 
 
-def draw_rows(rows: dict[str, Tensor], titles: list[str]):
+def draw_rows(rows: dict[str, Tensor], titles: list[str]) -> Figure:
     """A figure with a row of images for each name (k, N, N), grey over the row's own range."""
-    from matplotlib.figure import Figure
-
     columns = max(map(len, rows.values()))
     figure = Figure(figsize=(0.95 * columns + 1.4, 0.98 * len(rows) + 0.25))
     axes = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={"wspace": 0.04, "hspace": 0.04})

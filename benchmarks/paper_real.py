@@ -1,6 +1,6 @@
 """Real particles with many latents: the paper's Figure 6, and what z-dim and softplus do.
 
-    python -m benchmarks.paper_real --data ../shared/data [apoferritin bgal] [--size paper|cpu|quick]
+    python -m benchmarks.paper_real --data ../shared/data [apoferritin bgal] [--size SIZE]
 
 Apoferritin (EMPIAR-10146) and beta-galactosidase (EMPIAR-10017) in place of the paper's CODH/ACS and
 antibody. psi is free, shifts are N(0, (4 px)²), the encoder's input is turned at random; both engines, a
@@ -79,6 +79,9 @@ SIZES = {
     "paper": Size(None, None, 1000, 1000, 2, 1, Effort(1000), 60, (2, 5, 10, 20)),
     "cpu": Size(
         2_000, 24, 64, 256, 2, 4, Effort(10, batch_size=25, learning_rate=1e-3), 20, (2, 5, 10, 20)
+    ),
+    "small": Size(
+        1_500, 20, 64, 128, 1, 4, Effort(8, batch_size=25, learning_rate=2e-3), 15, (2, 5, 10, 20)
     ),
     "quick": Size(300, 16, 32, 64, 1, 2, Effort(6, batch_size=25, learning_rate=2e-3), 10, (2, 10)),
 }
