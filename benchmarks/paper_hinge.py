@@ -88,15 +88,15 @@ class Row:
         """Correlations with conformation and with rotation, of whichever latent has the best.
 
         A content coordinate counts for rotation by its multiple correlation with the cosines and sines
-        of psi and 2 psi: the kindest measure of a number against an angle, as these models tend to
-        learn the turn of an oblong blob, which half a turn leaves as it is.
+        of psi, 2 psi and 3 psi: the kindest measure of a number against an angle, as vanilla models
+        tend to learn the turn of an oblong or three-cornered blob, one whole turn of psi 2 or 3 of it.
         """
         conformation, psi = truth.conformation[:, 0].double().numpy(), truth.psi_rad.double().numpy()
         coordinates = self.z.double().numpy().T
         of_conformation = max(r_z(z, conformation) for z in coordinates)
         if self.psi_rad is not None:
             return of_conformation, circular_correlation(self.psi_rad.double().numpy(), psi)
-        turn = np.stack([np.cos(psi), np.sin(psi), np.cos(2 * psi), np.sin(2 * psi)], 1)
+        turn = np.stack([wave(m * psi) for m in (1, 2, 3) for wave in (np.cos, np.sin)], 1)
         return of_conformation, max(r_z(turn, z) for z in coordinates)
 
     def text(self, truth: Simulated) -> str:
@@ -185,7 +185,7 @@ def run(arguments) -> dict[str, tuple[float, float]]:
     print("\n".join(lines), flush=True)
     pictures: dict[str, Tensor] = {}
     scores: dict[str, tuple[float, float]] = {}
-    for name in MODELS:
+    for name in arguments.models:
         trained = train_model(name, simulated, size, arguments)
         truth = rows_of(simulated, trained.held)
         if not pictures:
@@ -218,6 +218,7 @@ def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
     """The command."""
     parser = paper_models.parser_of(__doc__, SIZES)
     parser.add_argument("--source", type=Path, help="folder of the chains of Hsp90 [the built-in hinge]")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     return run(parser.parse_args(argv))
 
 

@@ -36,9 +36,9 @@ def truth_of(psi_rad):
     return dataclasses.replace(simulated, psi_rad=psi_rad)
 
 
-def test_a_number_that_follows_half_turns_counts_for_rotation():
+def test_a_number_that_follows_a_part_of_a_turn_counts_for_rotation():
     psi = torch.linspace(-math.pi, math.pi, 401)[:-1]
-    z = torch.stack([torch.sin(2 * psi + 0.4), torch.zeros(400)], 1)
+    z = torch.stack([torch.sin(3 * psi + 0.4), torch.zeros(400)], 1)
     conformation, rotation = paper_hinge.Row("vanilla", z, None, "").scores(truth_of(psi))
     assert rotation == pytest.approx(1.0, abs=1e-4)
     assert conformation < 0.2
