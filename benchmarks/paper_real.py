@@ -222,6 +222,10 @@ def interpolations(row: Row, images: Images, pairs: Tensor) -> dict[str, Tensor]
 def run_set(name: str, star: Path, setting: Setting, arguments) -> tuple[list[Row], list[str]]:
     """Trains and judges the models of a set, and draws its figure; prints each line as it is known."""
     size = SIZES[arguments.size]
+    if arguments.z_dims is not None:
+        size = dataclasses.replace(size, z_dims=tuple(arguments.z_dims))
+    if arguments.epochs is not None:
+        size = dataclasses.replace(size, spatial=dataclasses.replace(size.spatial, epochs=arguments.epochs))
     images = read(star, setting, size, arguments.seed)
     grid = images.preparation
     lines = [
@@ -258,6 +262,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = paper_models.parser_of(__doc__, SIZES)
     parser.add_argument("sets", nargs="*", default=list(SETS), help=" ".join(SETS))
     parser.add_argument("--data", type=Path, required=True, help="folder of the sets")
+    parser.add_argument("--z-dims", type=int, nargs="+", help="latent dimensions [those of the size]")
+    parser.add_argument("--epochs", type=int, help="of the spatial-VAE [those of the size]")
     arguments = parser.parse_args(argv)
     lines = []
     for name in arguments.sets:

@@ -27,7 +27,15 @@ def results(monkeypatch, tmp_path):
 
 
 def arguments(**given):
-    return argparse.Namespace(**{"size": "quick", "minutes": None, "device": "cpu", "seed": 0, **given})
+    settings = {
+        "size": "quick",
+        "minutes": None,
+        "epochs": None,
+        "z_dims": None,
+        "device": "cpu",
+        "seed": 0,
+    }
+    return argparse.Namespace(**settings | given)
 
 
 def truth_of(psi_rad):
@@ -118,12 +126,12 @@ def test_particles_are_joined_by_images_that_begin_and_end_at_their_means(result
     assert (results / "paper_real_example.png").stat().st_size > 0
 
 
-def test_real_particles_run_quick(shared_data, results, monkeypatch):
+def test_real_particles_run_quick(shared_data, results):
     """Protein is white: the middle of what is decoded is brighter than its surroundings."""
-    quick = dataclasses.replace(paper_real.SIZES["quick"], spatial=Effort(1), z_dims=(2,))
-    monkeypatch.setitem(paper_real.SIZES, "quick", quick)
     setting = paper_real.SETS["bgal"]
-    rows, _ = paper_real.run_set("bgal", shared_data / setting.star, setting, arguments())
+    rows, _ = paper_real.run_set(
+        "bgal", shared_data / setting.star, setting, arguments(epochs=1, z_dims=[2])
+    )
     trained = rows[0].trained
     decoded = paper_models.decode(trained, trained.posterior.z_mean).mean(0)
     distance = geometry.pixel_grid(len(decoded)).norm(dim=-1)
