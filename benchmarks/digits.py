@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.trials import RESULTS
+from benchmarks.paper_models import mean_bound
 from cryo_svae import geometry
 from cryo_svae.checkpoint import Checkpoint
 from cryo_svae.errors import CryoSvaeError, InputError
@@ -168,20 +168,8 @@ def held_out_bound(trained: Trained, images: Tensor, n_samples: int = 3) -> Elbo
     checkpoint = trained.checkpoint
     device = next(checkpoint.engine.parameters()).device
     store = store_of(checkpoint, images)
-    engine = checkpoint.engine.to(device).eval()
-    index = torch.arange(len(store))
-    seed_everything(0, -1)
-    samples = []
-    with torch.no_grad():
-        for _ in range(n_samples):
-            terms = [engine.elbo(batch.to(device)) for batch in store.batches(index, BATCH)]
-            samples.append(
-                [
-                    torch.cat([getattr(t, name) for t in terms]).cpu()
-                    for name in ("log_likelihood", "kl_z", "kl_pose")
-                ]
-            )
-    return ElboTerms(*(torch.stack(part).mean(0) for part in zip(*samples, strict=True)))
+    checkpoint.engine.to(device)
+    return mean_bound(checkpoint, store, torch.arange(len(store)), n_samples)
 
 
 def mean_image_bound(train_images: Tensor, images: Tensor) -> float:
@@ -221,20 +209,6 @@ def z_grid(side: int, widest: float = 2.0) -> Tensor:
     line = torch.linspace(-widest, widest, side)
     y, x = torch.meshgrid(line.flip(0), line, indexing="ij")
     return torch.stack([x.flatten(), y.flatten()], 1)
-
-
-def decode(trained: Trained, z: Tensor) -> Tensor:
-    """Generated images at pose zero."""
-    engine = trained.checkpoint.engine.eval()
-    device = next(engine.parameters()).device
-    with torch.no_grad():
-        return torch.cat([engine.decode(part.to(device)).cpu() for part in z.split(64)])
-
-
-def save_figure(figure, name: str) -> None:
-    """Writes results/NAME.png."""
-    RESULTS.mkdir(exist_ok=True)
-    figure.savefig(RESULTS / f"{name}.png", dpi=100)
 
 
 def parser_of(doc: str, sizes: dict[str, Size]) -> argparse.ArgumentParser:

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from scipy.cluster.vq import kmeans2
 from scipy.optimize import linear_sum_assignment
 
-from benchmarks import digits, trials
+from benchmarks import digits, paper_models, trials
 from benchmarks.digits import Posed, Trained
 from benchmarks.measures import circular_correlation
 
@@ -140,7 +140,7 @@ def draw(turned: Posed, noisy: torch.Tensor, models: dict[str, tuple[Trained, to
     rows = [("image", turned.images[shown]), ("with noise", noisy[shown])]
     for name, (trained, z) in models.items():
         caption = name if name == "vanilla" else f"{name}, pose zero"
-        rows.append((caption, digits.decode(trained, z[shown])))
+        rows.append((caption, paper_models.decode(trained.checkpoint, z[shown])))
     figure = Figure(figsize=(SHOWN, 1.05 * len(rows)), layout="constrained")
     for axis, (name, images) in zip(figure.subplots(len(rows), 1), rows, strict=True):
         low, high = np.quantile(images.numpy(), [0.02, 0.998])
@@ -148,7 +148,7 @@ def draw(turned: Posed, noisy: torch.Tensor, models: dict[str, tuple[Trained, to
         axis.set_ylabel(name, rotation=0, ha="right", va="center")
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    digits.save_figure(figure, "paper_clusters")
+    paper_models.save_figure(figure, "paper_clusters")
 
 
 def main(arguments_given: list[str] | None = None) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks import digits, trials
+from benchmarks import digits, paper_models, trials
 from benchmarks.digits import Posed, Trained
 from benchmarks.measures import circular_correlation, shift_rms_px
 
@@ -176,7 +176,7 @@ def draw_bounds(rows: list[Row]) -> None:
         axis.set_xticks(z_dims, [str(z_dim) for z_dim in z_dims])
         axis.minorticks_off()
         axis.legend(frameon=False, fontsize=8)
-    digits.save_figure(figure, "paper_digits_bounds")
+    paper_models.save_figure(figure, "paper_digits_bounds")
 
 
 def draw_manifolds(rows: list[Row]) -> None:
@@ -189,11 +189,11 @@ def draw_manifolds(rows: list[Row]) -> None:
     axes = figure.subplots(len(names), len(MODELS), squeeze=False)
     for row in plane:
         axis = axes[names.index(row.set_name), list(MODELS).index(row.model)]
-        images = digits.decode(row.trained, digits.z_grid(MANIFOLD_SIDE)).clamp(0.0, 1.0)
+        images = paper_models.decode(row.trained.checkpoint, digits.z_grid(MANIFOLD_SIDE)).clamp(0.0, 1.0)
         axis.imshow(digits.tiles(images, MANIFOLD_SIDE, gap=0.25), cmap="gray", vmin=0, vmax=1)
         axis.set_title(f"{row.set_name}: {row.model}", fontsize=10)
         axis.set_axis_off()
-    digits.save_figure(figure, "paper_digits_manifolds")
+    paper_models.save_figure(figure, "paper_digits_manifolds")
 
 
 def main(arguments_given: list[str] | None = None) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks import digits, trials
+from benchmarks import digits, paper_models, trials
 from benchmarks.digits import Trained
 from cryo_svae import geometry
 from cryo_svae.errors import InputError
@@ -117,10 +117,10 @@ def draw(test: torch.Tensor, models: dict[str, Trained], z_dim: int, seed: int) 
     rows = [("test images", test[:SHOWN])]
     for name, trained in models.items():
         z = digits.infer(trained, test[:SHOWN]).z_mean
-        rows.append((f"{name}:\ndecoded at pose zero", digits.decode(trained, z)))
+        rows.append((f"{name}:\ndecoded at pose zero", paper_models.decode(trained.checkpoint, z)))
     sampled = torch.randn(2 * SHOWN, z_dim, generator=torch.Generator().manual_seed(seed))
     for name, trained in models.items():
-        rows.append((f"{name}:\nsamples", digits.decode(trained, sampled)))
+        rows.append((f"{name}:\nsamples", paper_models.decode(trained.checkpoint, sampled)))
     heights = [-(-len(images) // SHOWN) for _, images in rows]
     figure = Figure(figsize=(SHOWN, 1.02 * sum(heights)), layout="constrained")
     axes = figure.subplots(len(rows), 1, gridspec_kw={"height_ratios": heights})
@@ -129,7 +129,7 @@ def draw(test: torch.Tensor, models: dict[str, Trained], z_dim: int, seed: int) 
         axis.set_ylabel(name, rotation=0, ha="right", va="center")
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    digits.save_figure(figure, f"paper_galaxies_z{z_dim}")
+    paper_models.save_figure(figure, f"paper_galaxies_z{z_dim}")
 
 
 def main(arguments_given: list[str] | None = None) -> None:

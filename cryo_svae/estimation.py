@@ -45,12 +45,10 @@ class EstimateTable:
 
 def empty_table(n_particles: int, z_dim: int) -> EstimateTable:
     """A table of zeros, in which no particle is usable."""
-    shapes = {"z": (n_particles, z_dim), "z_std": (n_particles, z_dim), "origin_angst": (n_particles, 2)}
-    columns = {
-        field.name: np.zeros(shapes.get(field.name, n_particles), dtype=np.float64)
-        for field in fields(EstimateTable)
-    }
-    return EstimateTable(**columns | {"usable": np.zeros(n_particles, dtype=bool)})
+    n, vectors = n_particles, {"z": z_dim, "z_std": z_dim, "origin_angst": 2}
+    names = [field.name for field in fields(EstimateTable) if field.name != "usable"]
+    reals = {name: np.zeros((n, vectors[name]) if name in vectors else n) for name in names}
+    return EstimateTable(**reals, usable=np.zeros(n, dtype=bool))
 
 
 def fill(

@@ -121,7 +121,8 @@ class CoordinateGenerator(nn.Module):
         with torch.autocast(kind, enabled=lower, cache_enabled=False):
             for layer in self.rest:
                 units = layer(units) if isinstance(layer, nn.Linear) else self.activation(units)
-        return units.to(of_z.dtype)
+        output: Tensor = units.to(of_z.dtype)
+        return output
 
 
 class Latents(NamedTuple):
