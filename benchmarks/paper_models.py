@@ -1,6 +1,6 @@
 """Engines trained on arrays for the paper's experiments, with images held out to judge them.
 
-For ``paper_hinge``, ``paper_real`` and, in part, ``digits``: Bepler et al., NeurIPS 2019 (arXiv:1909.11663).
+Of ``paper_hinge``, ``paper_real`` and, in part, ``digits``: Bepler et al., NeurIPS 2019 (arXiv:1909.11663).
 """
 
 from __future__ import annotations
