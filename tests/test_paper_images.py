@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gzip
 import math
+import os
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +39,16 @@ def results(monkeypatch, tmp_path):
     """Where an experiment writes in this test."""
     monkeypatch.chdir(tmp_path)
     return tmp_path / "results"
+
+
+def command(name, source, results, *options):
+    """Runs an experiment as a user would, in a process of its own: checked shapes would take minutes."""
+    root = str(Path(digits.__file__).parents[1])
+    words = ["-m", f"benchmarks.{name}", "--source", str(source), "--quick", "--device", "cpu", *options]
+    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, *words], cwd=results.parent, check=True, capture_output=True, env=environment
+    )
 
 
 def table(path, header):
@@ -110,7 +123,7 @@ def test_tiles_keep_the_order_of_rows():
 
 
 def test_digits_beat_a_model_without_latents(mnist, results):
-    paper_digits.main(["--source", str(mnist), "--quick", "--device", "cpu", "--sets", "plain"])
+    command("paper_digits", mnist, results, "--sets", "plain")
     rows = {line[22:34].strip(): line[34:].split() for line in table(results / "paper_digits.txt", "set  ")}
     assert list(rows) == ["vanilla VAE", "fixed pose", "spatial-VAE"]
     no_latent = float(rows["vanilla VAE"][2])
@@ -120,10 +133,8 @@ def test_digits_beat_a_model_without_latents(mnist, results):
     assert (results / "paper_digits_manifolds.png").stat().st_size > 0
 
 
-def test_the_steerable_engine_tells_turned_digits_apart(mnist, results, monkeypatch):
-    quick = dataclasses.replace(paper_clusters.SIZES["quick"], epochs=1)
-    monkeypatch.setitem(paper_clusters.SIZES, "quick", quick)
-    paper_clusters.main(["--source", str(mnist), "--quick", "--device", "cpu"])
+def test_the_steerable_engine_tells_turned_digits_apart(mnist, results):
+    command("paper_clusters", mnist, results, "--epochs", "1")
     rows = {line.split()[0]: line.split() for line in table(results / "paper_clusters.txt", "engine ")}
     assert list(rows) == ["pixels", "steerable", "coordinate", "vanilla"]
     assert float(rows["steerable"][2]) > float(rows["pixels"][2])
@@ -133,7 +144,7 @@ def test_the_steerable_engine_tells_turned_digits_apart(mnist, results, monkeypa
 
 
 def test_galaxies_beat_a_model_without_latents(galaxies, results):
-    paper_galaxies.main(["--source", str(galaxies), "--quick", "--device", "cpu"])
+    command("paper_galaxies", galaxies, results)
     rows = {
         line[:12].strip(): line[12:].split() for line in table(results / "paper_galaxies.txt", "model ")
     }
