@@ -92,9 +92,10 @@ class PolarGenerator(nn.Module):
     ) -> tuple[Float[Tensor, "o"], Bool[Tensor, "o"]]:
         """Mean over the rings of power in units of the noise; and whether there is any ring."""
         ring, order = self.ring[: len(power)], self.order[: len(power)]
-        total = torch.zeros_like(self.order_power).index_add_(0, order, power / noise[ring])
-        n_rings = torch.bincount(order, minlength=len(total))
-        return total / n_rings.clamp(min=1), n_rings > 0
+        zero = torch.zeros_like(self.order_power)
+        total = zero.index_add(0, order, power / noise[ring])
+        n_rings = zero.index_add(0, order, torch.ones_like(power))
+        return total / n_rings.clamp(min=1.0), n_rings > 0
 
     def _last(self) -> tuple[Float[Tensor, "q h"], Float[Tensor, "q"]]:
         """Weight and bias of the last layer for the coefficients generated."""
