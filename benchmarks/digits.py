@@ -21,20 +21,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.paper_models import mean_bound
+from benchmarks import paper_models, trials
 from cryo_svae import geometry
 from cryo_svae.checkpoint import Checkpoint
 from cryo_svae.errors import CryoSvaeError, InputError
 from cryo_svae.fitting import pick_device
-from cryo_svae.models import ENGINES
 from cryo_svae.models.engine import ElboTerms, Posterior
 from cryo_svae.preprocessing import Preparation
 from cryo_svae.store import TrainingStore
-from cryo_svae.training import Schedule, fit, seed_everything
+from cryo_svae.training import fit
 
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 DIGIT_PX = 28
-BATCH = 500  # images in a test batch
+MODELS: dict[str, tuple[str, dict[str, bool]]] = {
+    "vanilla VAE": ("vanilla", {}),
+    "fixed pose": ("coordinate", {"rotate": False, "translate": False}),
+    "spatial-VAE": ("coordinate", {"rotate": True, "translate": True}),
+}
 Size = TypeVar("Size")
 
 
@@ -118,13 +121,6 @@ def bin_images(images: Tensor, binned: int) -> Tensor:
     return images if binned == 1 else torch.nn.functional.avg_pool2d(images, binned)
 
 
-def store_of(checkpoint: Checkpoint, images: Tensor) -> TrainingStore:
-    """Images as an engine keeps them, without the preparation that micrographs need."""
-    engine = checkpoint.engine.cpu()
-    kept = [engine.represent(part) for part in images.split(1024)]
-    return TrainingStore(torch.cat(kept), None, np.arange(len(images)))
-
-
 def train(
     engine_name: str,
     images: Tensor,
@@ -138,25 +134,15 @@ def train(
     **config: object,
 ) -> Trained:
     """An engine trained on images (n, N, N) or (n, 3, N, N); batch and rate are its own if not given."""
-    engine_class, config_class = ENGINES[engine_name]
-    defaults = engine_class.training_defaults
     box_px = images.shape[-1]
-    seed_everything(seed, -1)
-    engine = engine_class(box_px, z_dim, replace(config_class(), **config))
     preparation = Preparation(
         box_px=box_px, pixel_size_angst=1.0, mask_diameter_angst=float(box_px), invert=False
     )
-    checkpoint = Checkpoint(engine_name, engine, preparation, False, None, epochs_done=0, history=[])
-    schedule = Schedule(
-        epochs=epochs,
-        batch_size=batch_size or defaults.batch_size,
-        learning_rate=learning_rate or defaults.learning_rate,
-        one_cycle=defaults.schedule == "one-cycle",
-        held_out=0.0,
-        patience=None,
-        seed=seed,
+    checkpoint = trials.untrained(engine_name, z_dim, preparation, False, seed, **config)
+    schedule = trials.schedule_of(
+        checkpoint, epochs, seed, batch_size=batch_size, learning_rate=learning_rate
     )
-    store = store_of(checkpoint, images)
+    store = trials.store_of(checkpoint.engine, images.split(1024))
     began = time.perf_counter()
     fit(checkpoint, store, schedule, pick_device(device), lambda _: None)
     seconds = time.perf_counter() - began
@@ -165,11 +151,17 @@ def train(
 
 def held_out_bound(trained: Trained, images: Tensor, n_samples: int = 3) -> ElboTerms:
     """Bounds (n,) of images that were not trained on, each the mean of so many posterior samples."""
-    checkpoint = trained.checkpoint
-    device = next(checkpoint.engine.parameters()).device
-    store = store_of(checkpoint, images)
-    checkpoint.engine.to(device)
-    return mean_bound(checkpoint, store, torch.arange(len(store)), n_samples)
+    store = _stored(trained, images)
+    return paper_models.bounds(trained.checkpoint, store, torch.arange(len(store)), n_samples)
+
+
+def _stored(trained: Trained, images: Tensor) -> TrainingStore:
+    """Images for the engine, which stays on its device."""
+    engine = trained.checkpoint.engine
+    device = next(engine.parameters()).device
+    store = trials.store_of(engine.cpu(), images.split(1024))
+    engine.to(device)
+    return store
 
 
 def mean_image_bound(train_images: Tensor, images: Tensor) -> float:
@@ -196,12 +188,8 @@ def tiles(images: Tensor, columns: int, gap: float = 1.0) -> NDArray[np.float32]
 
 def infer(trained: Trained, images: Tensor) -> Posterior:
     """Posterior of images that were not trained on."""
-    device = next(trained.checkpoint.engine.parameters()).device
-    store = store_of(trained.checkpoint, images)
-    engine = trained.checkpoint.engine.to(device).eval()
-    batches = store.batches(torch.arange(len(store)), BATCH)
-    with torch.no_grad():
-        return Posterior.cat([engine.infer(batch.to(device)).to("cpu") for batch in batches])
+    store = _stored(trained, images)
+    return trials.infer(trained.checkpoint, store, torch.arange(len(store)))
 
 
 def z_grid(side: int, widest: float = 2.0) -> Tensor:
@@ -213,14 +201,10 @@ def z_grid(side: int, widest: float = 2.0) -> Tensor:
 
 def parser_of(doc: str, sizes: dict[str, Size]) -> argparse.ArgumentParser:
     """The options that the experiments share."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+    parser = paper_models.parser_of(doc, sizes)
     parser.add_argument("--source", type=Path, required=True, help="folder of the images")
-    parser.add_argument("--size", choices=list(sizes), default="paper", help="see SIZES in this file")
-    parser.add_argument("--quick", action="store_const", const="quick", dest="size", help="--size quick")
     parser.add_argument("--epochs", type=int, help="passes over the training images [those of the size]")
     parser.add_argument("--z-dims", type=int, nargs="+", help="latent dimensions [those of the size]")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--seed", type=int, default=0)
     return parser
 
 

@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks import digits, paper_models, trials
-from benchmarks.digits import Posed, Trained
+from benchmarks.digits import MODELS, Posed, Trained
 from benchmarks.measures import circular_correlation, shift_rms_px
 
 ROTATION_STD_DEG = 45.0
@@ -70,11 +70,6 @@ SETS = {
     "turned, 1.4 px": DigitSet(True, 1.4, 1.4, 28),
     "turned, 14 px": DigitSet(True, 14.0, 14.0, 84),
     "plain": DigitSet(False, 0.0, 1.4, 28),
-}
-MODELS = {
-    "vanilla VAE": ("vanilla", {}),
-    "fixed pose": ("coordinate", {"rotate": False, "translate": False}),
-    "spatial-VAE": ("coordinate", {"rotate": True, "translate": True}),
 }
 
 

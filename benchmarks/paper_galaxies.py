@@ -23,7 +23,7 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks import digits, paper_models, trials
-from benchmarks.digits import Trained
+from benchmarks.digits import MODELS, Trained
 from cryo_svae import geometry
 from cryo_svae.errors import InputError
 
@@ -52,11 +52,6 @@ SIZES = {
     "cpu": Size(2_000, 2, 128, 500, 20, 20, 1e-3, (20,)),
     "small": Size(2_000, 4, 64, 200, 40, 20, 2e-3, (20,)),
     "quick": Size(800, 4, 32, 100, 20, 10, 5e-3, (10,)),
-}
-MODELS = {
-    "vanilla VAE": ("vanilla", {}),
-    "fixed pose": ("coordinate", {"rotate": False, "translate": False}),
-    "spatial-VAE": ("coordinate", {"rotate": True, "translate": True}),
 }
 
 

@@ -217,6 +217,7 @@ def run(arguments) -> dict[str, tuple[float, float]]:
 def main(argv: list[str] | None = None) -> dict[str, tuple[float, float]]:
     """The command."""
     parser = paper_models.parser_of(__doc__, SIZES)
+    parser.add_argument("--minutes", type=float, help="most minutes of a model's training by the clock")
     parser.add_argument("--source", type=Path, help="folder of the chains of Hsp90 [the built-in hinge]")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     return run(parser.parse_args(argv))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import math
 import time
 from dataclasses import dataclass, fields
@@ -22,11 +21,10 @@ from benchmarks import trials
 from cryo_svae.checkpoint import Checkpoint
 from cryo_svae.ctf import CtfTable
 from cryo_svae.fitting import pick_device
-from cryo_svae.models import ENGINES
 from cryo_svae.models.engine import ElboTerms, Posterior
 from cryo_svae.preprocessing import Preparation
 from cryo_svae.store import TrainingStore
-from cryo_svae.training import Schedule, fit, seed_everything, split_held_out
+from cryo_svae.training import fit, seed_everything, split_held_out
 
 BATCH = 256  # images looked at together when judged
 
@@ -89,22 +87,16 @@ def train(
     **config: object,
 ) -> Trained:
     """An engine trained on prepared images (n, N, N), a share of them held out; left on the CPU."""
-    engine_class, config_class = ENGINES[engine_name]
-    defaults = engine_class.training_defaults
-    seed_everything(seed, -1)
-    settings = dataclasses.replace(config_class(), mask_radius_px=preparation.mask_radius_px, **config)
-    engine = engine_class(preparation.box_px, z_dim, settings)
-    checkpoint = Checkpoint(engine_name, engine, preparation, ctf is not None, None, 0, [])
-    kept = torch.cat([engine.represent(part) for part in images.split(1024)])
-    store = TrainingStore(kept, ctf, np.arange(len(images)))
-    schedule = Schedule(
-        epochs=effort.epochs,
-        batch_size=effort.batch_size or defaults.batch_size,
-        learning_rate=effort.learning_rate or defaults.learning_rate,
-        one_cycle=defaults.schedule == "one-cycle",
+    config["mask_radius_px"] = preparation.mask_radius_px
+    checkpoint = trials.untrained(engine_name, z_dim, preparation, ctf is not None, seed, **config)
+    store = trials.store_of(checkpoint.engine, images.split(1024), ctf)
+    schedule = trials.schedule_of(
+        checkpoint,
+        effort.epochs,
+        seed,
+        batch_size=effort.batch_size,
+        learning_rate=effort.learning_rate,
         held_out=held_out,
-        patience=None,
-        seed=seed,
     )
     train_rows, held = split_held_out(len(store), held_out, seed)
     began, cpu_began, steps = time.monotonic(), time.process_time(), 0
@@ -125,13 +117,8 @@ def train(
     return Trained(checkpoint, store, held, train_rows, seen, minutes, cpu)
 
 
-def bounds(trained: Trained, rows: Tensor, n_samples: int = 3) -> ElboTerms:
-    """Bound of each of some rows of the store (n,), the mean of so many posterior samples."""
-    return mean_bound(trained.checkpoint, trained.store, rows, n_samples)
-
-
-def mean_bound(checkpoint: Checkpoint, store: TrainingStore, rows: Tensor, n_samples: int = 3) -> ElboTerms:
-    """The same of a model and a store."""
+def bounds(checkpoint: Checkpoint, store: TrainingStore, rows: Tensor, n_samples: int = 3) -> ElboTerms:
+    """Bound of each of some rows of a store (n,), the mean of so many posterior samples."""
     engine = checkpoint.engine.eval()
     device = next(engine.parameters()).device
     seed_everything(0, -1)
@@ -158,7 +145,6 @@ def parser_of(doc: str | None, sizes: dict[str, object]) -> argparse.ArgumentPar
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--size", choices=list(sizes), default="paper", help="see SIZES in this file")
     parser.add_argument("--quick", action="store_const", const="quick", dest="size", help="--size quick")
-    parser.add_argument("--minutes", type=float, help="most minutes of a model's training by the clock")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--seed", type=int, default=0)
     return parser

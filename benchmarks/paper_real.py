@@ -192,8 +192,10 @@ def spread_outside(decoded: Tensor, radius_px: float, mask_radius_px: float) -> 
 
 def measure(engine: str, z_dim: int, softplus: bool, trained: Trained, images: Images) -> Row:
     """What a model does with the images held out."""
-    terms = paper_models.bounds(trained, trained.held)
-    as_many = paper_models.bounds(trained, trained.trained_on[: len(trained.held)]).elbo
+    terms = paper_models.bounds(trained.checkpoint, trained.store, trained.held)
+    as_many = paper_models.bounds(
+        trained.checkpoint, trained.store, trained.trained_on[: len(trained.held)]
+    ).elbo
     decoded = paper_models.decode(trained.checkpoint, trained.posterior.z_mean)
     background, contrast = spread_outside(decoded, images.radius_px, images.preparation.mask_radius_px)
     surplus = float(as_many.mean() - terms.elbo.mean())
@@ -260,6 +262,7 @@ def run_set(name: str, star: Path, setting: Setting, arguments) -> tuple[list[Ro
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     parser = paper_models.parser_of(__doc__, SIZES)
+    parser.add_argument("--minutes", type=float, help="most minutes of a model's training by the clock")
     parser.add_argument("sets", nargs="*", default=list(SETS), help=" ".join(SETS))
     parser.add_argument("--data", type=Path, required=True, help="folder of the sets")
     parser.add_argument("--z-dims", type=int, nargs="+", help="latent dimensions [those of the size]")

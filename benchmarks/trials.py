@@ -7,16 +7,19 @@ import dataclasses
 import statistics
 import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.measures import angle_error_deg, circular_correlation, r_z, shift_rms_px
 from cryo_svae.checkpoint import Checkpoint
+from cryo_svae.ctf import CtfTable
 from cryo_svae.models import ENGINES
-from cryo_svae.models.engine import Posterior
+from cryo_svae.models.engine import Engine, Posterior
 from cryo_svae.preprocessing import Preparation, prepare
 from cryo_svae.simulate import Simulated
 from cryo_svae.store import TrainingStore
@@ -37,20 +40,51 @@ class Trial:
     progress: list[tuple[float, dict[str, float]]] = field(default_factory=list)
 
 
-def prepared_store(simulated: Simulated, engine, preparation: Preparation) -> TrainingStore:
-    """The images as the program prepares them, represented for an engine."""
-    parts = [
-        engine.represent(prepare(part, simulated.pixel_size_angst, preparation)[0])
-        for part in simulated.images.split(1024)
-    ]
-    return TrainingStore(torch.cat(parts), simulated.ctf, np.arange(len(simulated.images)))
+def untrained(
+    engine_name: str, z_dim: int, preparation: Preparation, use_ctf: bool, seed: int, **config: object
+) -> Checkpoint:
+    """A new engine, its options its own where not given."""
+    engine_class, config_class = ENGINES[engine_name]
+    seed_everything(seed, -1)
+    engine = engine_class(preparation.box_px, z_dim, dataclasses.replace(config_class(), **config))
+    return Checkpoint(engine_name, engine, preparation, use_ctf, None, 0, [])
 
 
-def infer(checkpoint: Checkpoint, store: TrainingStore, index: torch.Tensor) -> Posterior:
-    """Posterior of rows ``index``."""
-    checkpoint.engine.eval()
+def schedule_of(
+    checkpoint: Checkpoint,
+    epochs: int,
+    seed: int,
+    *,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    held_out: float = 0.0,
+) -> Schedule:
+    """So many epochs, the rest the engine's own where not given."""
+    defaults = checkpoint.engine.training_defaults
+    return Schedule(
+        epochs=epochs,
+        batch_size=batch_size or defaults.batch_size,
+        learning_rate=learning_rate or defaults.learning_rate,
+        one_cycle=defaults.schedule == "one-cycle",
+        held_out=held_out,
+        patience=None,
+        seed=seed,
+    )
+
+
+def store_of(engine: Engine, parts: Iterable[Tensor], ctf: CtfTable | None = None) -> TrainingStore:
+    """Prepared images, in parts (k, ..., N, N), represented for an engine."""
+    kept = torch.cat([engine.represent(part) for part in parts])
+    return TrainingStore(kept, ctf, np.arange(len(kept)))
+
+
+def infer(checkpoint: Checkpoint, store: TrainingStore, index: Tensor) -> Posterior:
+    """Posterior of rows ``index``, on the engine's device."""
+    engine = checkpoint.engine.eval()
+    device = next(engine.parameters()).device
     with torch.no_grad():
-        return Posterior.cat([checkpoint.engine.infer(batch) for batch in store.batches(index, 256)])
+        found = [engine.infer(batch.to(device)).to("cpu") for batch in store.batches(index, 256)]
+    return Posterior.cat(found)
 
 
 def scores(posterior: Posterior, simulated: Simulated, index: torch.Tensor) -> dict[str, float]:
@@ -85,21 +119,19 @@ def run_trial(
     ``watch`` images are scored after each epoch, off the clock.
     """
     box_px = simulated.images.shape[-1]
-    engine_class, config_class = ENGINES[engine_name]
     preparation = Preparation(
         box_px=box_px,
         pixel_size_angst=simulated.pixel_size_angst,
         mask_diameter_angst=(box_px - 2) * simulated.pixel_size_angst,
         invert=False,
     )
-    config = dataclasses.replace(
-        config_class(), mask_radius_px=preparation.mask_radius_px, **config_changes
+    config_changes["mask_radius_px"] = preparation.mask_radius_px
+    use_ctf = simulated.ctf is not None
+    checkpoint = untrained(engine_name, z_dim, preparation, use_ctf, seed, **config_changes)
+    parts = (
+        prepare(part, simulated.pixel_size_angst, preparation)[0] for part in simulated.images.split(1024)
     )
-    seed_everything(seed, -1)
-    engine = engine_class(box_px, z_dim, config)
-    defaults = engine_class.training_defaults
-    store = prepared_store(simulated, engine, preparation)
-    checkpoint = Checkpoint(engine_name, engine, preparation, simulated.ctf is not None, None, 0, [])
+    store = store_of(checkpoint.engine, parts, simulated.ctf)
     trial = Trial(None, checkpoint, 0.0, 0.0, 0.0)  # type: ignore[arg-type]
     watched = torch.arange(min(watch, len(store)))
 
@@ -112,15 +144,9 @@ def run_trial(
         if trial.seconds > time_limit_s:
             raise TimeoutError
 
-    schedule = Schedule(
-        epochs=defaults.epochs_for(len(store)) if epochs is None else epochs,
-        batch_size=defaults.batch_size,
-        learning_rate=defaults.learning_rate,
-        one_cycle=defaults.schedule == "one-cycle",
-        held_out=0.0,
-        patience=None,
-        seed=seed,
-    )
+    if epochs is None:
+        epochs = checkpoint.engine.training_defaults.epochs_for(len(store))
+    schedule = schedule_of(checkpoint, epochs, seed)
     with contextlib.suppress(TimeoutError):
         fit(checkpoint, store, schedule, torch.device("cpu"), on_epoch)
     trial.images_per_second = len(store) * checkpoint.epochs_done / max(trial.seconds, 1e-9)
