@@ -1,26 +1,33 @@
 """The coordinate engine against the machine's matrix rate: images/s in training, one thread.
 
-    python -m benchmarks.coordinate_speed [--batch 20] [--rounds 3]
+    python -m benchmarks.coordinate_speed [--batch 20] [--rounds 3] [--seeds 0 --source FOLDER]
 
 Seconds are the process's own on the processor, each the least of the rounds; the variants take turns.
 The floor counts the multiplications and additions of the generator's hidden layers and of the
 encoder, forwards and backwards, at the rate of a multiplication of the same size. ``formula`` is the
 generator as the paper has it, all pixels at once. The errors are of the mean bound, same draws, beside
 float64.
+
+With --seeds N, whether bfloat16 holds the bound once trained: N trainings of the hinge (Hsp90 of
+FOLDER) in each precision, both judged in float32 on the same held-out images.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import trials
+from benchmarks import paper_hinge, trials
+from benchmarks.paper_models import Effort
+from cryo_svae import training
 from cryo_svae.models.coordinate import CoordinateConfig, CoordinateEngine, CoordinateGenerator
 from cryo_svae.models.engine import Batch
 from cryo_svae.models.pixels import PixelKind
@@ -30,6 +37,7 @@ SIZES: list[tuple[int, int, PixelKind]] = [
     (40, 500, "gaussian"),
     (48, 1000, "gaussian"),
 ]
+EPOCHS = 24  # of each training
 
 
 class Formula(CoordinateGenerator):
@@ -125,17 +133,51 @@ def at_size(box: int, hidden: int, pixels: PixelKind, n: int, rounds: int) -> li
     return lines
 
 
+def trained(seed: int, source: Path | None) -> list[str]:
+    """The hinge learned in each precision: bound and scores of held-out images."""
+    size = dataclasses.replace(
+        paper_hinge.SIZES["small"], spatial=Effort(EPOCHS, batch_size=25, learning_rate=1e-3)
+    )
+    arguments = argparse.Namespace(minutes=None, seed=seed, device="cpu")
+    simulated, _ = paper_hinge.simulated_and_molecule(size, source, seed)
+    able = training.trains_in_bfloat16
+    lines = []
+    for name, rule in {"float32": lambda *_: False, "bfloat16": lambda *_: True}.items():
+        training.trains_in_bfloat16 = rule
+        try:
+            began = time.process_time()
+            found = paper_hinge.train_model("spatial-VAE", simulated, size, arguments)
+            took = time.process_time() - began
+        finally:
+            training.trains_in_bfloat16 = able
+        row = paper_hinge.Row(name, found.posterior.z_mean, found.posterior.psi_rad, "")
+        conformation, rotation = row.scores(paper_hinge.rows_of(simulated, found.held))
+        bounds = [row["held_out_elbo"] for row in found.checkpoint.history]
+        half = EPOCHS // 2
+        lines.append(
+            f"  seed {seed}, {name}: held-out bound after {half} epochs {bounds[half - 1]:.2f}, after "
+            f"{EPOCHS} {bounds[-1]:.2f}; conformation {conformation:.3f}, rotation {rotation:.3f}; "
+            f"{took:.0f} s"
+        )
+        print(lines[-1], flush=True)
+    return lines
+
+
 def main() -> None:
     """Prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--batch", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=0)
+    parser.add_argument("--source", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     lines: list[str] = []
     for size in SIZES:
         lines += at_size(*size, arguments.batch, arguments.rounds)
         print(f"{size[0]} px measured", flush=True)
+    for seed in range(arguments.seeds):
+        lines += trained(seed, arguments.source)
     trials.report("coordinate_speed", lines)
 
 

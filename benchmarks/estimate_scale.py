@@ -1,9 +1,13 @@
 """Estimation of many particles in many stacks: memory, and the share of its time spent waiting for images.
 
-python -m benchmarks.estimate_scale [--counts 20000 100000 200000] [--stacks 2000] [--box 32]
+python -m benchmarks.estimate_scale [--counts 20000 100000 1000000] [--stacks 2000] [--box 32]
+                                    [--limit-gb 1.0] [--train]
 
 Each count is one cryo-svae estimate in a process of its own, on the first images of every stack. The model
-is as small as can be, so that reading weighs as much as it can.
+is as small as can be, so that reading weighs as much as it can. No process is given more memory of its
+own than the limit (RLIMIT_DATA; files that it maps are not counted), whatever the size of the stacks.
+With --train, an epoch of the steerable engine on the most particles comes last: there too the images
+are on disk, as prepared, where they exceed what is kept in memory (4 GiB: a limit of 6 GB).
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -50,10 +55,13 @@ def write_star(folder: Path, n_stacks: int, n_each: int) -> Path:
     return path
 
 
-def run(*arguments: object) -> float:
-    """Runs a command; the most memory it took, in GB."""
+def run(limit_gb: float, *arguments: object) -> float:
+    """Runs a command with so much memory at most; the most pages it held, mapped files included, in GB."""
+    limit = int(limit_gb * 1e9)
     process = subprocess.Popen(
-        [sys.executable, "-c", COMMAND, *map(str, arguments)], stdout=subprocess.DEVNULL
+        [sys.executable, "-c", COMMAND, *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
     )
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -62,19 +70,28 @@ def run(*arguments: object) -> float:
     return usage.ru_maxrss / 1e6
 
 
+def seconds_of(job: Path) -> dict[str, float]:
+    """What a job's stages took."""
+    seconds: dict[str, float] = json.loads((job / "run.json").read_text())["seconds"]
+    return seconds
+
+
 def benchmark() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--counts", type=int, nargs="+", default=[20_000, 100_000, 200_000])
+    parser.add_argument("--counts", type=int, nargs="+", default=[20_000, 100_000, 1_000_000])
     parser.add_argument("--stacks", type=int, default=2000)
     parser.add_argument("--box", type=int, default=32)
+    parser.add_argument("--limit-gb", type=float, default=1.0)
+    parser.add_argument("--train", action="store_true")
     options = parser.parse_args()
+    limit = options.limit_gb
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_stacks(folder, options.stacks, max(options.counts) // options.stacks, options.box)
         size = sum(path.stat().st_size for path in folder.glob("*.mrcs"))
-        print(f"{options.stacks} stacks, {size / 1e9:.1f} GB", flush=True)
+        print(f"{options.stacks} stacks, {size / 1e9:.1f} GB; memory limited to {limit:.1f} GB", flush=True)
         small = write_star(folder, 100, min(options.counts) // options.stacks)
-        settings = [
+        tiny = [
             "--engine",
             "coordinate",
             "--layers",
@@ -86,16 +103,21 @@ def benchmark() -> None:
             "--epochs",
             1,
         ]
-        run("train", small, "--out", folder / "model", *settings)
+        run(limit, "train", small, "--out", folder / "model", *tiny)
+        model = folder / "model" / "model.pt"
         for count in options.counts:
             star, job = write_star(folder, options.stacks, count // options.stacks), folder / f"job_{count}"
-            memory = run("estimate", star, "--model", folder / "model" / "model.pt", "--out", job)
-            seconds = json.loads((job / "run.json").read_text())["seconds"]
+            memory = run(limit, "estimate", star, "--model", model, "--out", job)
+            seconds = seconds_of(job)
             waiting = seconds["estimation, waiting for images"] / seconds["estimation"]
             print(
-                f"{count:8d} particles, {memory:.2f} GB at most, {100 * waiting:.0f} % waiting: {seconds}",
+                f"{count:8d} estimated, {memory:.2f} GB at most, {100 * waiting:.0f} % waiting: {seconds}",
                 flush=True,
             )
+        if options.train:
+            job = folder / "trained"
+            memory = run(limit, "train", star, "--out", job, "--epochs", 1)
+            print(f"{count:8d} trained on, {memory:.2f} GB at most: {seconds_of(job)}", flush=True)
 
 
 if __name__ == "__main__":

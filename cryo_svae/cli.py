@@ -201,6 +201,9 @@ def _simulate(arguments: dict[str, Any]) -> None:
     print(f"{settings.n_particles:,} particles in {out}/particles.star, their truth in {out}/truth.star")
 
 
+TORCH_ALLOCATOR = "DefaultCPUAllocator"  # torch has no exception of its own for memory of the processor
+
+
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -233,6 +236,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         COMMANDS[command](arguments)
     except (CryoSvaeError, OSError) as error:
         print(f"cryo-svae: {message(error)}", file=sys.stderr)
+        return CryoSvaeError.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and TORCH_ALLOCATOR not in str(error):
+            raise
+        wanted = str(error).splitlines()[0] if str(error) else "no more to be had"
+        print(
+            f"cryo-svae: this machine's memory does not suffice ({wanted}).\n"
+            "  To mend: use a smaller --batch-size or --box, or more memory; --resume goes on.",
+            file=sys.stderr,
+        )
         return CryoSvaeError.exit_code
     except KeyboardInterrupt:
         print("cryo-svae: interrupted; the same command with --resume goes on", file=sys.stderr)

@@ -26,7 +26,8 @@ from cryo_svae.particles import ParticleSet
 
 log = logging.getLogger(__name__)
 
-CHUNK = 1024  # particles read at a time: 64 MB at 128 px
+CHUNK = 1024  # particles prepared together: 64 MB at 128 px
+PIXELS_AT_ONCE = 1 << 21  # of images as they are on disk: 8 of 512 px; more leave the processor's cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +151,11 @@ def _prepare_particles(
     kinds = np.stack([particles.box_px[index], particles.pixel_size_angst[index]], 1)
     for kind in np.unique(kinds, axis=0):
         here = np.flatnonzero((kinds == kind).all(1))
-        read = torch.from_numpy(source.read(index[here]))
-        images[here], usable[here] = prepare(read, float(kind[1]), preparation)
+        here = here[np.argsort(particles.stack_of[index[here]], kind="stable")]  # a stack after the other
+        n_at_once = max(1, PIXELS_AT_ONCE // int(kind[0]) ** 2)
+        for rows in np.split(here, range(n_at_once, len(here), n_at_once)):
+            read = torch.from_numpy(source.read(index[rows]))
+            images[rows], usable[rows] = prepare(read, float(kind[1]), preparation)
     return images, usable
 
 

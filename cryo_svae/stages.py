@@ -40,7 +40,7 @@ from cryo_svae.preprocessing import Preparation
 from cryo_svae.report.page import write_report
 from cryo_svae.reporting import findings, gather
 from cryo_svae.selection import read_job_particles
-from cryo_svae.training import EPOCH_COLUMNS
+from cryo_svae.training import EPOCH_COLUMNS, trains_in_bfloat16
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +117,8 @@ def train(job: Job, particles: ParticleSet, plan: Plan) -> Checkpoint:
                 row["seconds"],
             )
 
+    if trains_in_bfloat16(checkpoint.engine, pick_device(plan.settings["device"])):
+        log.info("training multiplies matrices in bfloat16")
     with job.timed("training"), _naming_the_checkpoint(path):
         waited_s = fit_checkpoint(checkpoint, particles, plan, job.folder, on_epoch, job.before_batch)
     job.note_waiting("training", waited_s)

@@ -119,7 +119,7 @@ def fit(
                 group["lr"] = learning_rate(step, schedule.epochs * steps_an_epoch, schedule)
             optimizer.zero_grad(set_to_none=True)
             share = batch.n_whole / distributed.world()  # gradients are averaged over the processes
-            work = partial(_backward, bound, kl_weight=engine.kl_weight, device=device, n_particles=share)
+            work = partial(_backward, bound, engine=engine, device=device, n_particles=share)
             sums += torch.stack(pieces.of(batch, work, undo=optimizer.zero_grad)).sum(0)
             optimizer.step()
         (sums,) = distributed.totals(sums)
@@ -143,14 +143,14 @@ def _backward(
     bound: Callable[[Batch], ElboTerms],
     batch: Batch,
     *,
-    kl_weight: float,
+    engine: Engine,
     device: torch.device,
     n_particles: float,
 ) -> Tensor:
     """Adds the gradients of a piece of a batch of n; sums of its bound and the bound's parts."""
-    with _autocast(device):
+    with _autocast(engine, device):
         terms = bound(batch.to(device))
-    losses = kl_weight * (terms.kl_z + terms.kl_pose) - terms.log_likelihood
+    losses = engine.kl_weight * (terms.kl_z + terms.kl_pose) - terms.log_likelihood
     (losses[: batch.n_own].sum() / n_particles).backward()
     parts = torch.stack([terms.elbo, terms.log_likelihood, terms.kl_z, terms.kl_pose])
     return parts[:, : batch.n_own].detach().double().sum(1)
@@ -160,9 +160,18 @@ def _is_finite(engine: Engine) -> bool:
     return all(bool(values.isfinite().all()) for values in engine.parameters())
 
 
-def _autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 where the device has matrix units for it; the CPU stays at float32."""
-    able = device.type == "cuda" and torch.cuda.is_bf16_supported()
+def trains_in_bfloat16(engine: Engine, device: torch.device) -> bool:
+    """Where the device has matrix units for it and, on a CPU, the engine gains by it."""
+    if device.type == "cpu":
+        has = getattr(torch.cpu, "get_capabilities", dict[str, bool])()  # not in torch before 2.9
+        return engine.gains_by_bfloat16_on_cpu and (
+            has.get("avx512_bf16", False) or has.get("amx_bf16", False)
+        )
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def _autocast(engine: Engine, device: torch.device) -> torch.autocast:
+    able = trains_in_bfloat16(engine, device)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=able)
 
 

@@ -6,8 +6,10 @@ import io
 import logging
 import os
 import platform
+import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +31,7 @@ from cryo_svae.images import ImageSource
 from cryo_svae.job import LOCK, open_job
 from cryo_svae.models.coordinate import CoordinateEngine
 from cryo_svae.particles import read_particles
+from tests.conftest import optics_columns
 from tests.test_cli import QUICK, run
 from tests.test_training import CPU, fresh, ignore, schedule, weights
 
@@ -202,6 +205,47 @@ def test_a_read_only_folder_is_one_message(make_dataset, tmp_path, capsys):
             said = capsys.readouterr().err
             assert "Read-only file system" in said
             assert said_once(said)
+
+
+# --- memory ----------------------------------------------------------------------------------------
+
+
+def run_with_memory(megabytes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command line in a process that may have so much memory of its own."""
+    limit = megabytes * 10**6
+    return subprocess.run(
+        [sys.executable, "-m", "cryo_svae", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_set_larger_than_memory_is_trained_on_estimated_and_averaged(make_dataset, tmp_path):
+    """Half of the memory is the libraries', so images must pass through a few at a time."""
+    n, box = 800, 512
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:box, :box] - box // 2
+    blob = np.exp(-((x / 60.0) ** 2) - (y / 90.0) ** 2)
+    noise = rng.standard_normal((8, box, box))
+    eight = (blob + noise).astype(np.float32)
+    star = make_dataset(n, optics=optics_columns(rlnImageSize=[str(box)]), images=eight)
+    write_stack(tmp_path / "stack.mrcs", (eight for _ in range(n // 8)), pixel_size_angst=2.5)
+    assert (tmp_path / "stack.mrcs").stat().st_size > 800e6
+    done = run_with_memory(700, "run", star, "--out", tmp_path / "job", "--box", 32, *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert read_star(tmp_path / "job" / "particles.star").block("particles").n_rows == n
+
+
+def test_too_little_memory_is_one_message(make_dataset, tmp_path):
+    done = run_with_memory(
+        400, "train", make_dataset(), "--out", tmp_path / "job", *QUICK, "--encoder-hidden", 9000
+    )
+    assert done.returncode == 2, done.stderr
+    assert said_once(done.stderr)
+    assert "memory does not suffice" in done.stderr
 
 
 # --- stacks ----------------------------------------------------------------------------------------

@@ -10,10 +10,11 @@ import torch
 
 from cryo_svae.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cryo_svae.errors import InputError, TrainingError
+from cryo_svae.models import ENGINES
 from cryo_svae.models.coordinate import CoordinateConfig, CoordinateEngine
 from cryo_svae.preprocessing import Preparation
 from cryo_svae.store import TrainingStore
-from cryo_svae.training import Schedule, fit, learning_rate, split_held_out
+from cryo_svae.training import Schedule, fit, learning_rate, split_held_out, trains_in_bfloat16
 
 BOX = 12
 CPU = torch.device("cpu")
@@ -151,3 +152,20 @@ def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     (tmp_path / "cut.pt").write_bytes(whole.read_bytes()[:-500])
     with pytest.raises(InputError, match="checkpoint"):
         load_checkpoint(tmp_path / "cut.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden", "gains"),
+    [
+        ("coordinate", 64, True),
+        ("coordinate", 16, False),
+        ("vanilla", 64, False),
+        ("steerable", None, False),
+    ],
+)
+def test_a_cpu_trains_in_bfloat16_where_it_can_and_the_engine_gains_by_it(monkeypatch, name, hidden, gains):
+    engine_class, config_class = ENGINES[name]
+    engine = engine_class(BOX, 2, config_class() if hidden is None else config_class(hidden=hidden))
+    for able in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
+        assert trains_in_bfloat16(engine, CPU) is (gains and able)

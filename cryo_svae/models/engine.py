@@ -169,6 +169,11 @@ class Engine(nn.Module, ABC):
         """Whether there are epochs in which some parameters play no part."""
         return False
 
+    @property
+    def gains_by_bfloat16_on_cpu(self) -> bool:
+        """Whether training is the faster for it on a processor that multiplies such matrices."""
+        return False
+
     @abstractmethod
     def represent(self, images: Float[Tensor, "b n n"]) -> Float[Tensor, "b ..."]:
         """What the engine keeps of prepared images (white particle, background mean 0, sd 1)."""

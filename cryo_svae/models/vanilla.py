@@ -16,6 +16,11 @@ class VanillaEngine(CoordinateEngine):
     def __init__(self, box_px: int, z_dim: int, config: CoordinateConfig) -> None:
         super().__init__(box_px, z_dim, dataclasses.replace(config, rotate=False, translate=False))
 
+    @property
+    def gains_by_bfloat16_on_cpu(self) -> bool:
+        """Its matrices are multiplied once an image."""
+        return False
+
     def build_generator(self) -> nn.Module:
         """z to the outputs of all pixels."""
         config, n_out = self.config, len(self.inside) * self.pixels.outputs
