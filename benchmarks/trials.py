@@ -109,6 +109,8 @@ def run_trial(
     seed: int,
     *,
     epochs: int | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
     time_limit_s: float = float("inf"),
     watch: int = 0,
     judged: int | None = None,
@@ -146,7 +148,7 @@ def run_trial(
 
     if epochs is None:
         epochs = checkpoint.engine.training_defaults.epochs_for(len(store))
-    schedule = schedule_of(checkpoint, epochs, seed)
+    schedule = schedule_of(checkpoint, epochs, seed, batch_size=batch_size, learning_rate=learning_rate)
     with contextlib.suppress(TimeoutError):
         fit(checkpoint, store, schedule, torch.device("cpu"), on_epoch)
     trial.images_per_second = len(store) * checkpoint.epochs_done / max(trial.seconds, 1e-9)

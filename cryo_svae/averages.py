@@ -16,6 +16,7 @@ from cryo_svae.estimation import EstimateTable
 
 PARTICLES_A_CLASS = 100
 MOST_CLASSES = 50
+MOST_FOR_CENTRES = 100_000  # particles that centres are found from; k-means++ takes k numbers of each
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,22 @@ def default_classes(n_particles: int) -> int:
 
 
 def classify(table: EstimateTable, n_classes: int, seed: int) -> Classes:
-    """k-means (k-means++ start) on the z of usable particles; fewer classes where z are too few."""
-    z = table.z[table.usable]
+    """k-means (k-means++ start) on the z of usable particles; fewer classes where z are too few.
+
+    Centres are those of 100,000 particles drawn at random, where there are more; every particle then
+    goes to its nearest.
+    """
+    random = np.random.default_rng(seed)
+    rows = np.flatnonzero(table.usable)
+    if len(rows) > MOST_FOR_CENTRES:
+        rows = np.sort(random.choice(rows, MOST_FOR_CENTRES, replace=False))
+    z = table.z[rows]
     distinct = np.unique(z, axis=0)
     k = min(n_classes, len(distinct))
     if k <= 1:
         centre = z.mean(0, keepdims=True) if len(z) else np.zeros((1, table.z.shape[1]))
     else:
-        centre, _ = kmeans2(z, k, iter=50, minit="++", missing="warn", rng=np.random.default_rng(seed))
+        centre, _ = kmeans2(z, k, iter=50, minit="++", missing="warn", rng=random)
     number = _nearest(table.z, centre)
     counts = np.bincount(number[table.usable], minlength=len(centre))
     order = np.argsort(-counts, kind="stable")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
-from cryo_svae.averages import classify, default_classes
+from cryo_svae.averages import Classes, classify, default_classes
 from cryo_svae.estimation import EstimateTable
 
 
@@ -19,6 +22,15 @@ def table(z: np.ndarray, usable: np.ndarray | None = None) -> EstimateTable:
 def blobs(*sizes: int) -> np.ndarray:
     rng = np.random.default_rng(2)
     return np.concatenate([rng.normal(8.0 * k, 0.3, (size, 2)) for k, size in enumerate(sizes)])
+
+
+def with_peak(work: Callable[[], Classes]) -> tuple[Classes, int]:
+    """What work gives, and the most bytes it held."""
+    tracemalloc.start()
+    try:
+        return work(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def test_classes_are_the_clusters_largest_first():
@@ -55,3 +67,11 @@ def test_fewer_particles_than_classes(n):
 
 def test_the_number_of_classes_follows_the_number_of_particles():
     assert [default_classes(n) for n in (1, 99, 1000, 10**6)] == [1, 1, 10, 50]
+
+
+def test_of_many_particles_some_give_the_centres_and_all_have_a_class():
+    n = 400_000
+    classes, peak = with_peak(lambda: classify(table(blobs(n // 4, n // 2, n // 4)), 50, seed=0))
+    assert classes.n_particles.sum() == n
+    assert len(classes.centre) == 50
+    assert peak < 130e6  # k-means++ on all of them: 50 numbers of each, 160 MB at a time
