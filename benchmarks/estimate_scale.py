@@ -1,13 +1,13 @@
 """Estimation of many particles in many stacks: memory, and the share of its time spent waiting for images.
 
 python -m benchmarks.estimate_scale [--counts 20000 100000 1000000] [--stacks 2000] [--box 32]
-                                    [--limit-gb 1.0] [--train]
+                                    [--limit-gb 2.0] [--train]
 
 Each count is one cryo-svae estimate in a process of its own, on the first images of every stack. The model
 is as small as can be, so that reading weighs as much as it can. No process is given more memory of its
 own than the limit (RLIMIT_DATA; files that it maps are not counted), whatever the size of the stacks.
-With --train, an epoch of the steerable engine on the most particles comes last: there too the images
-are on disk, as prepared, where they exceed what is kept in memory (4 GiB: a limit of 6 GB).
+With --train, an epoch of the steerable engine on the most particles comes last: prepared images that
+exceed 1 GiB are kept on disk, in half precision. (What is known of each particle stays in memory.)
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def benchmark() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[20_000, 100_000, 1_000_000])
     parser.add_argument("--stacks", type=int, default=2000)
     parser.add_argument("--box", type=int, default=32)
-    parser.add_argument("--limit-gb", type=float, default=1.0)
+    parser.add_argument("--limit-gb", type=float, default=2.0)
     parser.add_argument("--train", action="store_true")
     options = parser.parse_args()
     limit = options.limit_gb

@@ -24,7 +24,7 @@ from cryo_svae.images import ImageSource
 from cryo_svae.models.engine import Batch, Engine
 from cryo_svae.preprocessing import Preparation, prepared_images, working_ctf
 
-IN_MEMORY_BYTES = 4 * 2**30
+IN_MEMORY_BYTES = 2**30
 
 
 @dataclass
