@@ -91,7 +91,8 @@ def build_store(
         kept = engine.represent(images[usable]).detach()
         if image is None:
             image = _allocate((len(own), *kept.shape[1:]), scratch)
-        image[filled : filled + len(kept)] = kept
+        most = torch.finfo(image.dtype).max  # a hot pixel may be beyond half precision
+        image[filled : filled + len(kept)] = kept.clamp(-most, most)
         rows.append(index[usable.numpy()])
         filled += len(kept)
     usable_of_all = torch.zeros(len(particles), dtype=torch.long)

@@ -1,0 +1,66 @@
+"""Prepared images on disk are those in memory to half precision, and leave no file behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cryo_svae import store
+from cryo_svae.fitting import fit_checkpoint, new_checkpoint, plan_training
+from cryo_svae.images import ImageSource
+from cryo_svae.particles import read_particles
+from cryo_svae.store import TrainingStore, build_store
+
+N = 40
+SETTINGS = {
+    "epochs": 2,
+    "held_out": 0.2,
+    "batch_size": 8,
+    "learning_rate": 2e-3,
+    "z_dim": 2,
+    "device": "cpu",
+}
+
+
+@pytest.fixture
+def star(make_dataset) -> Path:
+    rng = np.random.default_rng(3)
+    images = rng.standard_normal((N, 16, 16)).astype(np.float32)
+    images[:, 6:10, 7:12] += 2.0
+    images[5, 8, 8] = 1e7  # a hot pixel: beyond half precision, in sds of the background
+    return make_dataset(N, images=images)
+
+
+def built(star: Path, engine: str, folder: Path) -> TrainingStore:
+    particles = read_particles(star)
+    plan = plan_training({**SETTINGS, "engine": engine}, particles, "the test")
+    return build_store(new_checkpoint(plan).engine, ImageSource(particles), plan.preparation, False, folder)
+
+
+@pytest.mark.parametrize("engine", ["steerable", "coordinate"])
+def test_images_on_disk_are_those_in_memory_to_half_precision(star, tmp_path, monkeypatch, engine):
+    in_memory = built(star, engine, tmp_path)
+    monkeypatch.setattr(store, "IN_MEMORY_BYTES", 0)
+    (tmp_path / "scratch").mkdir()
+    on_disk = built(star, engine, tmp_path / "scratch")
+    assert on_disk.image.dtype == torch.float16
+    assert not list((tmp_path / "scratch").iterdir())
+    rows = torch.arange(N)
+    kept, exact = on_disk.batch(rows).image, in_memory.batch(rows).image
+    assert kept.dtype == torch.float32
+    assert kept.isfinite().all()
+    usual = rows != 5
+    torch.testing.assert_close(kept[usual], exact[usual], rtol=2**-10, atol=1e-5)
+    assert kept[5].abs().max() == torch.finfo(torch.float16).max < exact[5].abs().max()
+
+
+def test_training_from_disk_goes_through_a_hot_pixel(star, tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "IN_MEMORY_BYTES", 0)
+    particles = read_particles(star)
+    plan = plan_training({**SETTINGS, "engine": "steerable"}, particles, "the test")
+    checkpoint = new_checkpoint(plan)
+    fit_checkpoint(checkpoint, particles, plan, tmp_path, lambda _: None)
+    assert checkpoint.epochs_done == 2
