@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cryo_svae import averages, config, geometry
 from cryo_svae.checkpoint import Checkpoint
@@ -29,7 +30,7 @@ from cryo_svae.images import ImageSource
 from cryo_svae.models import CONFIG_CLASSES, ENGINES
 from cryo_svae.particles import ParticleSet
 from cryo_svae.preprocessing import Preparation, plan_preparation, prepared_images
-from cryo_svae.store import TrainingStore, build_store
+from cryo_svae.store import OUTLIER, TrainingStore, build_store
 from cryo_svae.training import Schedule, fit, seed_everything
 
 log = logging.getLogger(__name__)
@@ -191,24 +192,36 @@ def contrast_score(images: ImageSource, preparation: Preparation) -> float:
 
 
 def report_unusable(particles: ParticleSet, store: TrainingStore) -> None:
-    """Warns of NaN and constant images; stops where nothing else is left."""
+    """Warns of NaN and constant images and of outliers; stops where nothing else is left."""
     usable = np.zeros(len(particles), dtype=bool)
     usable[store.particle] = True
-    bad = np.flatnonzero(~usable)
-    if len(bad):
-        places = ", ".join(particles.place_of(int(row)) for row in bad[:5])
+    if not usable.all():
         log.warning(
-            "%d image(s) hold NaN or are constant (%s, %s%s): left out of training, figure of merit 0",
-            len(bad),
-            particles.star.path.name,
-            places,
-            ", …" if len(bad) > 5 else "",
+            "%s: left out of training, figure of merit 0",
+            _named(particles, np.flatnonzero(~usable), "hold NaN or are constant"),
+        )
+    if store.outlier is not None:
+        log.warning(
+            "%s: left out of training, as one such image can spoil it for all (hot pixels?); "
+            "they are estimated all the same",
+            _named(
+                particles,
+                store.particle[store.outlier.numpy()],
+                f"have more than {OUTLIER:.0f} times the usual mean square",
+            ),
         )
     if len(store) == 0:
         raise TrainingError(
             f"{particles.star.path}: every image holds NaN or is constant.\n"
             "  To mend: check the stacks and the job that wrote them."
         )
+
+
+def _named(particles: ParticleSet, rows: NDArray[np.intp], what: str) -> str:
+    """How many images are something, and where the first of them are."""
+    places = ", ".join(particles.place_of(int(row)) for row in rows[:5])
+    more = ", …" if len(rows) > 5 else ""
+    return f"{len(rows)} image(s) {what} ({particles.star.path.name}, {places}{more})"
 
 
 def check_fits(particles: ParticleSet, checkpoint: Checkpoint) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from cryo_svae.models.engine import Batch, Engine
 from cryo_svae.preprocessing import Preparation, prepared_images, working_ctf
 
 IN_MEMORY_BYTES = 2**30
+OUTLIER = 10.0  # times the median of the images' mean squares: one pixel of 95 sd in 32 x 32
 
 
 @dataclass
@@ -35,6 +36,7 @@ class TrainingStore:
     ctf:      their CTF parameters on the working grid, or None.
     particle: (n,) the row of every usable particle in the particle set.
     first:    row among the n of the first one held.
+    outlier:  (n,) True for images so bright that they are not trained on; None where none is.
     waited_s: seconds that whoever asked for batches waited for them.
     """
 
@@ -42,10 +44,18 @@ class TrainingStore:
     ctf: CtfTable | None
     particle: NDArray[np.intp]
     first: int = 0
+    outlier: Bool[Tensor, "n"] | None = None
     waited_s: float = 0.0
 
     def __len__(self) -> int:
         return len(self.particle)
+
+    @property
+    def trainable(self) -> Int[Tensor, "k"]:
+        """Rows of the n that are no outliers."""
+        if self.outlier is None:
+            return torch.arange(len(self))
+        return (~self.outlier).nonzero()[:, 0]
 
     @property
     def own(self) -> slice:
@@ -79,6 +89,9 @@ def build_store(
 ) -> TrainingStore:
     """Prepares and represents every particle of this process once; unusable ones are left out.
 
+    Outliers are images of more than ten times the median's mean square: the noise that an engine learns
+    is a mean over all images, which one image with a hot pixel can spoil for all.
+
     scratch: folder for the half-precision file that takes what exceeds ``IN_MEMORY_BYTES``. The
     file has no name, so nothing is left behind however the program ends.
     """
@@ -86,6 +99,7 @@ def build_store(
     image: Tensor | None = None
     rows: list[NDArray[np.intp]] = []
     filled = 0
+    energy = torch.zeros(len(particles), dtype=torch.float64)
     own = np.arange(len(particles))[distributed.block(len(particles))]
     for index, images, usable in prepared_images(source, own, preparation):
         kept = engine.represent(images[usable]).detach()
@@ -94,6 +108,7 @@ def build_store(
         most = torch.finfo(image.dtype).max  # a hot pixel may be beyond half precision
         image[filled : filled + len(kept)] = kept.clamp(-most, most)
         rows.append(index[usable.numpy()])
+        energy[rows[-1]] = images[usable].square().mean((1, 2)).double()
         filled += len(kept)
     usable_of_all = torch.zeros(len(particles), dtype=torch.long)
     n_held = torch.zeros(distributed.world(), dtype=torch.long)
@@ -101,6 +116,7 @@ def build_store(
         usable_of_all[row] = 1
     n_held[distributed.rank()] = filled
     usable_of_all, n_held = distributed.totals(usable_of_all, n_held)
+    (energy,) = distributed.totals(energy)
     if distributed.world() > 1 and not n_held.all():
         raise InputError(
             particles.star.path,
@@ -114,7 +130,12 @@ def build_store(
     if use_ctf and particles.ctf is not None:
         ctf = working_ctf(particles.ctf, preparation)[torch.from_numpy(np.concatenate(rows))]
     first = int(n_held[: distributed.rank()].sum())
-    return TrainingStore(image[:filled], ctf, usable_of_all.nonzero()[:, 0].numpy(), first)
+    particle = usable_of_all.nonzero()[:, 0]
+    store = TrainingStore(image[:filled], ctf, particle.numpy(), first)
+    if len(store):
+        outlier = energy[particle] > OUTLIER * energy[particle].median()
+        store.outlier = outlier if outlier.any() else None
+    return store
 
 
 def _allocate(shape: tuple[int, ...], scratch: Path) -> Tensor:

@@ -84,7 +84,8 @@ def fit(
     Raises TrainingError on a loss that is not a number.
     """
     engine = checkpoint.engine.to(device)
-    train, held = split_held_out(len(store), schedule.held_out, schedule.seed)
+    rows = store.trainable
+    train, held = (rows[part] for part in split_held_out(len(rows), schedule.held_out, schedule.seed))
     pieces = Pieces()
     if checkpoint.epochs_done == 0:
         seed_everything(schedule.seed, -1)

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from cryo_svae import store
+from cryo_svae.checkpoint import Checkpoint
 from cryo_svae.fitting import fit_checkpoint, new_checkpoint, plan_training
+from cryo_svae.formats.mrc import read_images, write_stack
 from cryo_svae.images import ImageSource
 from cryo_svae.particles import read_particles
 from cryo_svae.store import TrainingStore, build_store
@@ -57,10 +59,27 @@ def test_images_on_disk_are_those_in_memory_to_half_precision(star, tmp_path, mo
     assert kept[5].abs().max() == torch.finfo(torch.float16).max < exact[5].abs().max()
 
 
-def test_training_from_disk_goes_through_a_hot_pixel(star, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "IN_MEMORY_BYTES", 0)
+def trained(star: Path, engine: str, folder: Path) -> Checkpoint:
     particles = read_particles(star)
-    plan = plan_training({**SETTINGS, "engine": "steerable"}, particles, "the test")
+    plan = plan_training({**SETTINGS, "engine": engine}, particles, "the test")
     checkpoint = new_checkpoint(plan)
-    fit_checkpoint(checkpoint, particles, plan, tmp_path, lambda _: None)
-    assert checkpoint.epochs_done == 2
+    fit_checkpoint(checkpoint, particles, plan, folder, lambda _: None)
+    return checkpoint
+
+
+@pytest.mark.parametrize("engine", ["steerable", "coordinate"])
+def test_a_hot_pixel_spoils_no_training_and_is_told_of(star, tmp_path, caplog, engine):
+    """Training is that of the set without it."""
+    spoilt = trained(star, engine, tmp_path)
+    assert (
+        "1 image(s) have more than 10 times the usual mean square (particles.star, line 30)" in caplog.text
+    )
+    caplog.clear()
+    stack = tmp_path / "stack.mrcs"
+    images = read_images(stack, np.arange(N))
+    images[5] = np.nan
+    write_stack(stack, images, pixel_size_angst=2.5)
+    without = trained(star, engine, tmp_path)
+    assert "usual mean square" not in caplog.text
+    bounds = [each.history[-1]["elbo"] for each in (spoilt, without)]
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-3)
