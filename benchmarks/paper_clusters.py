@@ -103,7 +103,7 @@ def train_engine(name: str, images: torch.Tensor, size: Size, z_dim: int, argume
         hidden=size.hidden,
         encoder_hidden=size.hidden,
         translate=False,
-        **poses,
+        **(poses if name == "coordinate" else {}),
         **where,
     )
 
