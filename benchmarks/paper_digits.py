@@ -184,13 +184,15 @@ def draw_manifolds(rows: list[Row]) -> None:
     if not plane:
         return
     names = list(dict.fromkeys(row.set_name for row in plane))
-    figure = Figure(figsize=(10.5, 3.7 * len(names)), layout="constrained")
-    axes = figure.subplots(len(names), len(MODELS), squeeze=False)
+    models = list(dict.fromkeys(row.model for row in plane))
+    figure = Figure(figsize=(3.5 * len(models), 3.7 * len(names)), layout="constrained")
+    axes = figure.subplots(len(names), len(models), squeeze=False)
     for row in plane:
-        axis = axes[names.index(row.set_name), list(MODELS).index(row.model)]
+        axis = axes[names.index(row.set_name), models.index(row.model)]
         images = paper_models.decode(row.trained.checkpoint, digits.z_grid(MANIFOLD_SIDE)).clamp(0.0, 1.0)
         axis.imshow(digits.tiles(images, MANIFOLD_SIDE, gap=0.25), cmap="gray", vmin=0, vmax=1)
         axis.set_title(f"{row.set_name}: {row.model}", fontsize=10)
+    for axis in axes.flat:
         axis.set_axis_off()
     paper_models.save_figure(figure, "paper_digits_manifolds")
 
