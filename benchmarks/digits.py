@@ -129,11 +129,15 @@ def train(
     epochs: int,
     batch_size: int | None = None,
     learning_rate: float | None = None,
+    one_cycle: bool | None = None,
     seed: int,
     device: str,
     **config: object,
 ) -> Trained:
-    """An engine trained on images (n, N, N) or (n, 3, N, N); batch and rate are its own if not given."""
+    """An engine trained on images (n, N, N) or (n, 3, N, N); batch and rate are its own if not given.
+
+    one_cycle: the rate rises and falls to 0 (see training.learning_rate); the engine's own if None.
+    """
     box_px = images.shape[-1]
     preparation = Preparation(
         box_px=box_px, pixel_size_angst=1.0, mask_diameter_angst=float(box_px), invert=False
@@ -142,6 +146,8 @@ def train(
     schedule = trials.schedule_of(
         checkpoint, epochs, seed, batch_size=batch_size, learning_rate=learning_rate
     )
+    if one_cycle is not None:
+        schedule = replace(schedule, one_cycle=one_cycle)
     store = trials.store_of(checkpoint.engine, images.split(1024))
     began = time.perf_counter()
     fit(checkpoint, store, schedule, pick_device(device), lambda _: None)

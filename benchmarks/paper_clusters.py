@@ -1,6 +1,6 @@
 """Digits in every rotation: how well z tells which digit it is, and the pose how it is turned.
 
-    python -m benchmarks.paper_clusters --source ../shared/data/mnist [--size paper|cpu|quick]
+    python -m benchmarks.paper_clusters --source ../shared/data/mnist [--size paper|cpu|long|quick]
 
 Digits turned by a uniform angle, with white noise: the steerable engine's likelihood is Gaussian, with
 one variance for each ring, and images without noise would leave it only its own misfit to measure.
@@ -38,6 +38,7 @@ NOISE_STD = 0.5
 CLUSTERS = 10
 STARTS = 10
 SHOWN = 12
+ENGINES = ("steerable", "coordinate", "vanilla")
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,15 @@ class Size:
     learning_rate: float
     steerable_epochs: int
     z_dims: tuple[int, ...]
+    one_cycle: bool = False
+    pose_candidates: int = 1
+    z_delay: int = 2
 
 
 SIZES = {
     "paper": Size(60_000, 10_000, 1, 500, 100, 100, 1e-4, 20, (2, 10)),
     "cpu": Size(10_000, 2_000, 2, 128, 10, 20, 1e-3, 10, (10,)),
+    "long": Size(60_000, 10_000, 2, 64, 5, 50, 3e-3, 3, (10,), True, pose_candidates=8, z_delay=1),
     "quick": Size(1_500, 500, 2, 64, 8, 16, 2e-3, 8, (4,)),
 }
 
@@ -84,6 +89,9 @@ def train_engine(name: str, images: torch.Tensor, size: Size, z_dim: int, argume
         return digits.train(
             "steerable", images, z_dim, epochs=size.steerable_epochs, max_shift_px=0.0, **where
         )
+    poses = (
+        {"pose_candidates": size.pose_candidates, "z_delay": size.z_delay} if name == "coordinate" else {}
+    )
     return digits.train(
         name,
         images,
@@ -91,9 +99,11 @@ def train_engine(name: str, images: torch.Tensor, size: Size, z_dim: int, argume
         epochs=size.epochs,
         batch_size=size.batch_size,
         learning_rate=size.learning_rate,
+        one_cycle=size.one_cycle,
         hidden=size.hidden,
         encoder_hidden=size.hidden,
         translate=False,
+        **(poses if name == "coordinate" else {}),
         **where,
     )
 
@@ -154,6 +164,7 @@ def draw(turned: Posed, noisy: torch.Tensor, models: dict[str, tuple[Trained, to
 def main(arguments_given: list[str] | None = None) -> None:
     """Prints a row an engine as it is done, and writes table and figure."""
     parser = digits.parser_of(__doc__, SIZES)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     arguments = parser.parse_args(arguments_given)
     size = digits.size_of(arguments, SIZES)
     lines = [
@@ -178,7 +189,7 @@ def main(arguments_given: list[str] | None = None) -> None:
         true_psi = turned.psi_rad.double().numpy()
         for z_dim in size.z_dims:
             models = {}
-            for name in ("steerable", "coordinate", "vanilla"):
+            for name in arguments.engines:
                 trained = train_engine(name, train, size, z_dim, arguments)
                 found = digits.infer(trained, test)
                 psi = found.psi_rad.double().numpy()

@@ -1,6 +1,6 @@
 """Test bounds of digits, the paper's Figure 2, and manifolds of a two-dimensional z, its Figure 3.
 
-    python -m benchmarks.paper_digits --source ../shared/data/mnist [--size paper|cpu|small|quick]
+    python -m benchmarks.paper_digits --source ../shared/data/mnist [--size paper|cpu|small|long|quick]
 
 Plain digits, digits turned by N(0, (pi/4)²) and shifted by N(0, 1.4² px), and digits turned and shifted
 by N(0, 14² px) on a canvas of 84 px that holds them. Three models on each: the spatial-VAE, the same
@@ -31,6 +31,7 @@ class Size:
     """How much is computed.
 
     binned, binned_canvas: a pixel is the mean of a square of so many, on 28 and on 84 px.
+    one_cycle: the learning rate, of every model, rises to the one given and falls to 0.
     """
 
     n_train: int
@@ -42,12 +43,14 @@ class Size:
     batch_size: int
     learning_rate: float
     z_dims: tuple[int, ...]
+    one_cycle: bool = False
 
 
 SIZES = {
     "paper": Size(60_000, 10_000, 1, 1, 500, 100, 100, 1e-4, (2, 5, 10, 20, 50, 100)),
     "cpu": Size(12_000, 1_000, 2, 3, 128, 5, 20, 1e-3, (2, 10, 50)),
     "small": Size(12_000, 1_000, 2, 4, 64, 5, 20, 2e-3, (2,)),
+    "long": Size(60_000, 10_000, 2, 4, 128, 20, 20, 5e-3, (2,), one_cycle=True),
     "quick": Size(2_000, 500, 2, 4, 32, 10, 10, 5e-3, (2,)),
 }
 
@@ -113,6 +116,7 @@ def train_model(name: str, train: Posed, chosen: DigitSet, size: Size, z_dim: in
         epochs=size.epochs,
         batch_size=size.batch_size,
         learning_rate=size.learning_rate,
+        one_cycle=size.one_cycle,
         seed=arguments.seed,
         device=arguments.device,
         pixels="bernoulli",
@@ -180,13 +184,15 @@ def draw_manifolds(rows: list[Row]) -> None:
     if not plane:
         return
     names = list(dict.fromkeys(row.set_name for row in plane))
-    figure = Figure(figsize=(10.5, 3.7 * len(names)), layout="constrained")
-    axes = figure.subplots(len(names), len(MODELS), squeeze=False)
+    models = list(dict.fromkeys(row.model for row in plane))
+    figure = Figure(figsize=(3.5 * len(models), 3.7 * len(names)), layout="constrained")
+    axes = figure.subplots(len(names), len(models), squeeze=False)
     for row in plane:
-        axis = axes[names.index(row.set_name), list(MODELS).index(row.model)]
+        axis = axes[names.index(row.set_name), models.index(row.model)]
         images = paper_models.decode(row.trained.checkpoint, digits.z_grid(MANIFOLD_SIDE)).clamp(0.0, 1.0)
         axis.imshow(digits.tiles(images, MANIFOLD_SIDE, gap=0.25), cmap="gray", vmin=0, vmax=1)
         axis.set_title(f"{row.set_name}: {row.model}", fontsize=10)
+    for axis in axes.flat:
         axis.set_axis_off()
     paper_models.save_figure(figure, "paper_digits_manifolds")
 

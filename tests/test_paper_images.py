@@ -122,6 +122,16 @@ def test_tiles_keep_the_order_of_rows():
     assert digits.tiles(images, 2)[[1, 1, 5, 5], [1, 5, 1, 5]].tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
+@pytest.mark.parametrize(("one_cycle", "last"), [(True, 0.0), (False, 1e-3), (None, 1e-3)])
+def test_the_learning_rate_falls_to_nothing_where_asked(one_cycle, last):
+    images = torch.rand(400, 8, 8, generator=torch.Generator().manual_seed(0))
+    trained = digits.train(
+        "vanilla", images, 2, epochs=5, batch_size=20, learning_rate=1e-3, one_cycle=one_cycle, seed=0,
+        device="cpu", pixels="bernoulli", hidden=8, encoder_hidden=8,
+    )  # fmt: skip
+    assert trained.checkpoint.optimizer["param_groups"][0]["lr"] == pytest.approx(last, abs=1e-6)
+
+
 def test_digits_beat_a_model_without_latents(mnist, results):
     command("paper_digits", mnist, results, "--sets", "plain")
     rows = {line[22:34].strip(): line[34:].split() for line in table(results / "paper_digits.txt", "set  ")}
