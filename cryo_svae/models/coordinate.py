@@ -7,7 +7,6 @@ and standard deviations of theta, o and z from the flattened image.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,13 +20,11 @@ from cryo_svae import distributed, geometry
 from cryo_svae.config import check, derived, option
 from cryo_svae.ctf import CtfTable, ctf_2d
 from cryo_svae.errors import InputError
+from cryo_svae.models.coordinate_generator import CoordinateGenerator, mlp
 from cryo_svae.models.divergences import kl_normal, kl_normal_free_mean
 from cryo_svae.models.engine import Batch, ElboTerms, Engine, Posterior, TrainingDefaults
 from cryo_svae.models.pixels import PixelKind, PixelLikelihood
 
-ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU}
-IN_PLACE = {"tanh": torch.tanh_, "relu": torch.relu_}
-UNITS_AT_A_TIME = 2**20  # of a hidden layer, so that what reads them finds them in the cache
 FEWEST_FOR_BFLOAT16 = 64  # units of a hidden layer from which a CPU gains a fifth or more
 
 
@@ -67,63 +64,9 @@ class CoordinateConfig:
         check(self.channels in (1, 3), "channels", self.channels, "1 or 3")
 
 
-def mlp(n_in: int, hidden: int, n_out: int, layers: int, activation: str) -> nn.Sequential:
-    """``layers`` hidden layers and a linear output."""
-    widths = [n_in] + [hidden] * layers
-    steps: list[nn.Module] = []
-    for before, after in itertools.pairwise(widths):
-        steps += [nn.Linear(before, after), ACTIVATIONS[activation]()]
-    return nn.Sequential(*steps, nn.Linear(widths[-1], n_out))
-
-
 def _own_precision(like: Tensor) -> torch.autocast:
     """No autocast."""
     return torch.autocast(like.device.type, enabled=False)
-
-
-class CoordinateGenerator(nn.Module):
-    """(x, y, z) to a pixel's distribution; the first layer is split so that z costs once an image.
-
-    Works through a few images at a time, forwards and so backwards, with activations in place: what a
-    layer makes is still in the cache when the next one reads it. Under autocast the layers after the
-    first compute in its type; coordinates, poses and the first layer keep their own, for bfloat16
-    would round a coordinate of 30 px by 0.1 px.
-    """
-
-    def __init__(self, z_dim: int, n_out: int, config: CoordinateConfig) -> None:
-        super().__init__()
-        self.of_coordinates = nn.Linear(2, config.hidden)
-        self.of_z = nn.Linear(z_dim, config.hidden, bias=False)
-        self.activation = IN_PLACE[config.activation]
-        self.rest = mlp(config.hidden, config.hidden, n_out, config.layers - 1, config.activation)
-
-    def forward(
-        self, coordinates: Float[Tensor, "b p 2"], z: Float[Tensor, "b d"]
-    ) -> Float[Tensor, "b p out"]:
-        """Outputs at coordinates in [-1, 1]."""
-        with _own_precision(z):
-            of_z = self.of_z(z)[:, None, :]
-        n = len(z)
-        if z.device.type == "cpu":
-            n = max(1, UNITS_AT_A_TIME // (coordinates.shape[1] * of_z.shape[-1]))
-        pieces = zip(coordinates.split(n), of_z.split(n), strict=True)
-        return torch.cat([self._piece(*piece) for piece in pieces])
-
-    def _piece(
-        self, coordinates: Float[Tensor, "k p 2"], of_z: Float[Tensor, "k 1 h"]
-    ) -> Float[Tensor, "k p out"]:
-        kind = of_z.device.type
-        with _own_precision(of_z):
-            units = self.of_coordinates(coordinates) + of_z
-        if lower := torch.is_autocast_enabled(kind):
-            units = units.to(torch.get_autocast_dtype(kind))
-        units = self.activation(units)
-        # without the cache of cast weights the pieces' gradients add up in float32
-        with torch.autocast(kind, enabled=lower, cache_enabled=False):
-            for layer in self.rest:
-                units = layer(units) if isinstance(layer, nn.Linear) else self.activation(units)
-        output: Tensor = units.to(of_z.dtype)
-        return output
 
 
 class Latents(NamedTuple):
@@ -181,7 +124,10 @@ class CoordinateEngine(Engine):
 
     def build_generator(self) -> nn.Module:
         """The network behind ``generate``."""
-        return CoordinateGenerator(self.z_dim, self.pixels.outputs, self.config)
+        config = self.config
+        return CoordinateGenerator(
+            self.z_dim, self.pixels.outputs, config.hidden, config.layers, config.activation
+        )
 
     def generate(
         self, z: Float[Tensor, "b d"], psi_rad: Float[Tensor, "b"], origin_px: Float[Tensor, "b 2"]

@@ -7,7 +7,8 @@ import dataclasses
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cryo_svae.models.coordinate import CoordinateConfig, CoordinateEngine, mlp
+from cryo_svae.models.coordinate import CoordinateConfig, CoordinateEngine
+from cryo_svae.models.coordinate_generator import mlp
 
 
 class VanillaEngine(CoordinateEngine):

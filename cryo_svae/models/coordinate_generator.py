@@ -1,0 +1,175 @@
+"""The coordinate engine's generator: (x, y, z) to the distribution of the pixel at (x, y).
+
+Nearly all of that engine's work is here, an MLP evaluated at every pixel of every image. It goes through
+a few images at a time, forwards and backwards, in memory that is used over and over, so that what a layer
+makes is still in the cache when the next one reads it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+UNITS_AT_A_TIME = 2**20  # of a hidden layer
+
+
+class Activation(NamedTuple):
+    """A function of hidden units, and its derivative as a function of its value.
+
+    in_place: of units.
+    backward: (gradient, value of the function, where the product goes).
+    """
+
+    module: type[nn.Module]
+    in_place: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor], object]
+
+
+ACTIVATIONS = {
+    "tanh": Activation(
+        nn.Tanh,
+        torch.tanh_,
+        lambda gradient, value, out: torch.ops.aten.tanh_backward(gradient, value, grad_input=out),
+    ),
+    "relu": Activation(
+        nn.ReLU,
+        torch.relu_,
+        lambda gradient, value, out: torch.ops.aten.threshold_backward(
+            gradient, value, 0.0, grad_input=out
+        ),
+    ),
+}
+
+
+def mlp(n_in: int, hidden: int, n_out: int, layers: int, activation: str) -> nn.Sequential:
+    """``layers`` hidden layers and a linear output."""
+    widths = [n_in] + [hidden] * layers
+    steps: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        steps += [nn.Linear(before, after), ACTIVATIONS[activation].module()]
+    return nn.Sequential(*steps, nn.Linear(widths[-1], n_out))
+
+
+class _Way(NamedTuple):
+    """How the layers are gone through.
+
+    lower:    type of the layers after the first; points and the first layer keep their own.
+    n_images: in a piece.
+    keep:     whether there will be a backward pass.
+    """
+
+    activation: Activation
+    lower: torch.dtype
+    n_images: int
+    keep: bool
+
+    def pieces(self, n: int, n_pixels: int) -> Iterator[tuple[slice, slice]]:
+        """Images of each piece, and their pixels."""
+        for first in range(0, n, self.n_images):
+            last = min(n, first + self.n_images)
+            yield slice(first, last), slice(first * n_pixels, last * n_pixels)
+
+
+class _EveryPixel(torch.autograd.Function):
+    """Outputs (b, p, out) at points (b, p, 2), given the part of the first layer that is z's (b, h).
+
+    ``parameters``: weight and bias of each layer in turn; the first is the points'.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, points: Tensor, of_z: Tensor, way: _Way, *parameters: Tensor) -> Tensor:
+        n, p, h = len(points), points.shape[1], of_z.shape[-1]
+        weights = [weight.to(way.lower) for weight in parameters[2::2]]
+        biases = [bias.to(way.lower) for bias in parameters[3::2]]
+        flat, of_image = points.reshape(n * p, 2), (of_z + parameters[1])[:, None]
+        rows = min(n, way.n_images) * p
+        units = [flat.new_empty(n * p if way.keep else rows, h, dtype=way.lower) for _ in weights]
+        output = flat.new_empty(n * p, len(biases[-1]), dtype=way.lower)
+        # bfloat16 is activated in float32: on CPUs that is five times as fast, the copies counted
+        scratch = flat.new_empty(rows, h)
+        for images, pixels in way.pieces(n, p):
+            here = pixels if way.keep else slice(0, pixels.stop - pixels.start)
+            own = scratch[: pixels.stop - pixels.start]
+            torch.mm(flat[pixels], parameters[0].T, out=own)
+            own.view(-1, p, h).add_(of_image[images])
+            units[0][here] = way.activation.in_place(own)
+            for before, after, weight, bias in zip(units, units[1:], weights, biases, strict=False):
+                torch.addmm(bias, before[here], weight.T, out=after[here])
+                after[here] = way.activation.in_place(own.copy_(after[here]))
+            torch.addmm(biases[-1], units[-1][here], weights[-1].T, out=output[pixels])
+        if way.keep:
+            ctx.save_for_backward(flat, parameters[0], *weights, *units)
+            ctx.way = way
+        return output.view(n, p, -1).to(points.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        way: _Way = ctx.way
+        flat, first, *rest = ctx.saved_tensors
+        weights, units = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        n, p, h = len(gradient), gradient.shape[1], len(first)
+        gradient = gradient.reshape(n * p, -1)
+        lower = gradient.to(way.lower)
+        of_weights = [gradient.new_zeros(weight.shape) for weight in weights]
+        of_biases = [gradient.new_zeros(len(weight)) for weight in weights]
+        of_biases[-1] = gradient.sum(0)
+        of_points, of_z = torch.empty_like(flat), gradient.new_empty(n, h)
+        of_first = torch.zeros_like(first)
+        rows = min(n, way.n_images) * p
+        now, other = (lower.new_empty(rows, h) for _ in range(2))
+        scratch = gradient.new_empty(rows, h)
+        for images, pixels in way.pieces(n, p):
+            now, other, own = (part[: pixels.stop - pixels.start] for part in (now, other, scratch))
+            torch.mm(lower[pixels], weights[-1], out=now)
+            of_weights[-1] += lower[pixels].T @ units[-1][pixels]
+            for k in reversed(range(len(units) - 1)):
+                way.activation.backward(now, units[k + 1][pixels], now)
+                of_weights[k] += now.T @ units[k][pixels]
+                of_biases[k] += now.sum(0, dtype=of_biases[k].dtype)
+                torch.mm(now, weights[k], out=other)
+                now, other = other, now
+            way.activation.backward(now, units[0][pixels], now)
+            own.copy_(now)
+            of_first += (flat[pixels].T @ own).T
+            torch.mm(own, first, out=of_points[pixels])
+            torch.sum(own.view(-1, p, h), 1, out=of_z[images])
+        others = itertools.chain(*zip(of_weights, of_biases, strict=True))
+        return of_points.view(n, p, 2), of_z, None, of_first, of_z.sum(0), *others
+
+
+class CoordinateGenerator(nn.Module):
+    """(x, y, z) to a pixel's distribution; the first layer is split so that z costs once an image.
+
+    Under autocast the layers after the first compute in its type; coordinates, poses and the first layer
+    keep their own, for bfloat16 would round a coordinate of 30 px by 0.1 px.
+    """
+
+    def __init__(self, z_dim: int, n_out: int, hidden: int, layers: int, activation: str) -> None:
+        super().__init__()
+        self.of_coordinates = nn.Linear(2, hidden)
+        self.of_z = nn.Linear(z_dim, hidden, bias=False)
+        self.activation = ACTIVATIONS[activation]
+        self.rest = mlp(hidden, hidden, n_out, layers - 1, activation)
+
+    def forward(
+        self, coordinates: Float[Tensor, "b p 2"], z: Float[Tensor, "b d"]
+    ) -> Float[Tensor, "b p out"]:
+        """Outputs at coordinates in [-1, 1]."""
+        kind, n_images = z.device.type, len(z)
+        lower = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else z.dtype
+        if kind == "cpu":
+            n_images = max(1, UNITS_AT_A_TIME // (coordinates.shape[1] * self.of_z.out_features))
+        way = _Way(self.activation, lower, n_images, torch.is_grad_enabled())
+        layers = [self.of_coordinates, *(m for m in self.rest if isinstance(m, nn.Linear))]
+        parameters = itertools.chain(*((layer.weight, layer.bias) for layer in layers))
+        with torch.autocast(kind, enabled=False):
+            output: Tensor = _EveryPixel.apply(  # type: ignore[no-untyped-call]
+                coordinates, self.of_z(z), way, *parameters
+            )
+        return output
