@@ -1,6 +1,6 @@
 """Test bounds of digits, the paper's Figure 2, and manifolds of a two-dimensional z, its Figure 3.
 
-    python -m benchmarks.paper_digits --source ../shared/data/mnist [--size paper|cpu|small|long|unbinned|quick]
+    python -m benchmarks.paper_digits --source ../shared/data/mnist [--size paper|unbinned|long|cpu|small]
 
 Plain digits, digits turned by N(0, (pi/4)²) and shifted by N(0, 1.4² px), and digits turned and shifted
 by N(0, 14² px) on a canvas of 84 px that holds them. Three models on each: the spatial-VAE, the same
@@ -12,7 +12,6 @@ figures are written anew after each model: results/paper_digits.txt, …_bounds.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -204,11 +203,8 @@ def main(arguments_given: list[str] | None = None) -> None:
     parser = digits.parser_of(__doc__, SIZES)
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=list(SETS))
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--z-dims", nargs="+", type=int, help="in place of those of the size")
     arguments = parser.parse_args(arguments_given)
     size = digits.size_of(arguments, SIZES)
-    if arguments.z_dims:
-        size = dataclasses.replace(size, z_dims=tuple(arguments.z_dims))
     lines = [
         f"size {arguments.size}: {digits.described(size)}; seed {arguments.seed}; bounds in nats an image,",
         "3 posterior samples each; gain over the vanilla VAE ± standard error over the test images",
