@@ -66,7 +66,7 @@ class Size:
 SIZES = {
     "paper": Size(60_000, 10_000, 1, 500, 100, 100, 1e-4, 20, (2, 10)),
     "cpu": Size(10_000, 2_000, 2, 128, 10, 20, 1e-3, 10, (10,)),
-    "long": Size(60_000, 10_000, 2, 64, 5, 50, 3e-3, 3, (10,), True, pose_candidates=8, z_delay=1),
+    "long": Size(60_000, 10_000, 2, 64, 10, 50, 3e-3, 3, (10,), True, pose_candidates=8, z_delay=1),
     "quick": Size(1_500, 500, 2, 64, 8, 16, 2e-3, 8, (4,)),
 }
 

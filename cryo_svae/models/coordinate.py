@@ -166,7 +166,7 @@ class CoordinateEngine(Engine):
                 self.pixels.log_std.fill_(0.5 * math.log(max(variance, 1e-12)))
 
     def begin_epoch(self, epoch: int, n_epochs: int) -> None:
-        """z is held at 0 for the first epochs."""
+        """For the first epochs z is held at 0, and with candidate turns the spread of psi at theirs."""
         self.z_active = epoch >= self.config.z_delay
 
     @property
@@ -286,6 +286,11 @@ class CoordinateEngine(Engine):
         turn = self._turn(batch)
         with _own_precision(batch.image):
             latents = self._encode_turned(batch, turn)
+        if not self.z_active and self.config.pose_candidates > 1:
+            # left free it widens to the prior where shapes are round at first, and round they stay
+            between_turns = 2.0 * math.pi / self.config.pose_candidates / math.sqrt(12.0)
+            log_std = torch.full_like(latents.psi_log_std, math.log(between_turns))
+            latents = latents._replace(psi_log_std=log_std)
         psi = _sample(batch, latents.psi, latents.psi_log_std)
         origin = _sample(batch, latents.origin, latents.origin_log_std)
         z = _sample(batch, latents.z, latents.z_log_std)

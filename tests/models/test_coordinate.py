@@ -146,6 +146,20 @@ def test_z_waits_for_its_epochs():
         assert bool((model.elbo(batch()).kl_z > 0).all()) == active
 
 
+def test_with_candidate_turns_the_spread_of_psi_waits_with_z():
+    """Held at that of angles evenly spread between two turns."""
+    model = engine(dataclasses.replace(SMALL, pose_candidates=8, translate=False))
+    with torch.no_grad():
+        model.encoder[-1].weight.zero_()
+        model.encoder[-1].bias.zero_()
+    held = torch.tensor([[math.log(math.tau / 8 / math.sqrt(12.0))]])
+    costs = {False: kl_normal_free_mean(held, math.pi), True: kl_normal_free_mean(0 * held, math.pi)}
+    for epoch, free in ((1, False), (2, True)):
+        model.begin_epoch(epoch, 10)
+        kl = model.elbo(batch()).kl_pose
+        torch.testing.assert_close(kl, (math.log(8) + costs[free]).expand(3))
+
+
 def test_fixed_poses_are_zero_and_cost_nothing():
     model = engine(dataclasses.replace(SMALL, rotate=False, translate=False))
     assert not model.elbo(batch()).kl_pose.any()
