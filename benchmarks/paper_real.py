@@ -77,6 +77,7 @@ class Size:
 
 SIZES = {
     "paper": Size(None, None, 1000, 1000, 2, 1, Effort(1000), 60, (2, 5, 10, 20)),
+    "long": Size(None, 32, 128, 256, 2, 4, Effort(60, batch_size=25, learning_rate=1e-3), 40, (2, 20)),
     "cpu": Size(
         2_000, 24, 64, 256, 2, 4, Effort(10, batch_size=25, learning_rate=1e-3), 20, (2, 5, 10, 20)
     ),
