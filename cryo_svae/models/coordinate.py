@@ -166,7 +166,7 @@ class CoordinateEngine(Engine):
                 self.pixels.log_std.fill_(0.5 * math.log(max(variance, 1e-12)))
 
     def begin_epoch(self, epoch: int, n_epochs: int) -> None:
-        """For the first epochs z is held at 0, and with candidate turns the spread of psi at theirs."""
+        """For the first epochs z is held at 0, and with candidate turns psi's spread below theirs."""
         self.z_active = epoch >= self.config.z_delay
 
     @property
@@ -289,7 +289,7 @@ class CoordinateEngine(Engine):
         if not self.z_active and self.config.pose_candidates > 1:
             # left free it widens to the prior where shapes are round at first, and round they stay
             between_turns = 2.0 * math.pi / self.config.pose_candidates / math.sqrt(12.0)
-            log_std = torch.full_like(latents.psi_log_std, math.log(between_turns))
+            log_std = -torch.logaddexp(-latents.psi_log_std, -latents.psi.new_tensor(between_turns).log())
             latents = latents._replace(psi_log_std=log_std)
         psi = _sample(batch, latents.psi, latents.psi_log_std)
         origin = _sample(batch, latents.origin, latents.origin_log_std)
