@@ -116,8 +116,8 @@ MUTANTS = [
     Mutant(
         "KL of theta left out of the bound",
         "models/coordinate.py",
-        "                kl = kl + kl_normal(latents.psi, latents.psi_log_std, prior_std)\n",
-        "                kl = kl + 0.0 * kl_normal(latents.psi, latents.psi_log_std, prior_std)\n",
+        "                kl = kl + kl_normal(latents.psi, log_std, prior_std)\n",
+        "                kl = kl + 0.0 * kl_normal(latents.psi, log_std, prior_std)\n",
         (EVIDENCE,),
     ),
     Mutant(

@@ -166,7 +166,7 @@ class CoordinateEngine(Engine):
                 self.pixels.log_std.fill_(0.5 * math.log(max(variance, 1e-12)))
 
     def begin_epoch(self, epoch: int, n_epochs: int) -> None:
-        """For the first epochs z is held at 0, and with candidate turns psi's spread below theirs."""
+        """z is held at 0 for the first epochs."""
         self.z_active = epoch >= self.config.z_delay
 
     @property
@@ -267,15 +267,23 @@ class CoordinateEngine(Engine):
         return torch.stack(turns).gather(0, best[None])[0]
 
     def _kl_pose(self, latents: Latents) -> Tensor:
-        """KL of the pose; the choice among c turns is one of c equals, so it costs log c nats."""
+        """KL of the pose; the choice among c turns is one of c equals, so it costs log c nats.
+
+        While z is held, psi gains nothing by spreading wider than the turns are apart: else it spreads to
+        the prior where shapes are round at first, as the mean of digits in every rotation is, and they
+        stay round.
+        """
         config = self.config
         kl = latents.psi.new_zeros(len(latents.psi))
         if config.rotate:
             prior_std = geometry.radians(config.rotation_std_deg)
+            spacing, log_std = 2.0 * math.pi / config.pose_candidates, latents.psi_log_std
+            if not self.z_active and spacing < prior_std:
+                log_std = log_std.clamp(max=math.log(spacing))
             if config.rotation_prior == "normal":
-                kl = kl + kl_normal(latents.psi, latents.psi_log_std, prior_std)
+                kl = kl + kl_normal(latents.psi, log_std, prior_std)
             else:
-                kl = kl + kl_normal_free_mean(latents.psi_log_std, prior_std)
+                kl = kl + kl_normal_free_mean(log_std, prior_std)
             kl = kl + math.log(config.pose_candidates)
         if config.translate:
             kl = kl + kl_normal(latents.origin, latents.origin_log_std, config.shift_std_px)
@@ -286,11 +294,6 @@ class CoordinateEngine(Engine):
         turn = self._turn(batch)
         with _own_precision(batch.image):
             latents = self._encode_turned(batch, turn)
-        if not self.z_active and self.config.pose_candidates > 1:
-            # left free it widens to the prior where shapes are round at first, and round they stay
-            between_turns = 2.0 * math.pi / self.config.pose_candidates / math.sqrt(12.0)
-            log_std = -torch.logaddexp(-latents.psi_log_std, -latents.psi.new_tensor(between_turns).log())
-            latents = latents._replace(psi_log_std=log_std)
         psi = _sample(batch, latents.psi, latents.psi_log_std)
         origin = _sample(batch, latents.origin, latents.origin_log_std)
         z = _sample(batch, latents.z, latents.z_log_std)
