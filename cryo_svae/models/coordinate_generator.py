@@ -92,8 +92,8 @@ class _EveryPixel(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, points: Tensor, of_z: Tensor, way: _Way, *parameters: Tensor) -> Tensor:
         n, p, h = len(points), points.shape[1], of_z.shape[-1]
-        weights = [weight.to(way.lower) for weight in parameters[2::2]]
-        biases = [bias.to(way.lower) for bias in parameters[3::2]]
+        first, *weights = parameters[::2]
+        weights, biases = [w.to(way.lower) for w in weights], [b.to(way.lower) for b in parameters[3::2]]
         flat, of_image = points.reshape(n * p, 2), (of_z + parameters[1])[:, None]
         rows = min(n, way.n_images) * p
         units = [flat.new_empty(n * p if way.keep else rows, h, dtype=way.lower) for _ in weights]
@@ -102,7 +102,7 @@ class _EveryPixel(torch.autograd.Function):
         for images, pixels in way.pieces(n, p):
             here = pixels if way.keep else slice(0, pixels.stop - pixels.start)
             own = scratch[: pixels.stop - pixels.start]
-            torch.mm(flat[pixels], parameters[0].T, out=own)
+            torch.mm(flat[pixels], first.T, out=own)
             own.view(-1, p, h).add_(of_image[images])
             units[0][here] = way.activation.in_place(own)
             for before, after, weight, bias in zip(units, units[1:], weights, biases, strict=False):
@@ -110,7 +110,7 @@ class _EveryPixel(torch.autograd.Function):
                 way.activate(after[here], own)
             torch.addmm(biases[-1], units[-1][here], weights[-1].T, out=output[pixels])
         if way.keep:
-            ctx.save_for_backward(flat, parameters[0], *weights, *units)
+            ctx.save_for_backward(flat.to(way.lower), first.to(way.lower), *weights, *units)
             ctx.way = way
         return output.view(n, p, -1).to(points.dtype)
 
@@ -118,36 +118,33 @@ class _EveryPixel(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         way: _Way = ctx.way
-        flat, first, *rest = ctx.saved_tensors
-        weights, units = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-        n, p, h = len(gradient), gradient.shape[1], len(first)
+        points, *rest = ctx.saved_tensors
+        weights, units = rest[: len(rest) // 2 + 1], rest[len(rest) // 2 + 1 :]
+        n, p, h = len(gradient), gradient.shape[1], units[0].shape[1]
         gradient = gradient.reshape(n * p, -1)
         lower = gradient.to(way.lower)
+        inputs = [points, *units]
         of_weights = [gradient.new_zeros(weight.shape) for weight in weights]
         of_biases = [gradient.new_zeros(len(weight)) for weight in weights]
         of_biases[-1] = gradient.sum(0)
-        of_points, of_z = torch.empty_like(flat), gradient.new_empty(n, h)
-        of_first = torch.zeros_like(first)
-        rows = min(n, way.n_images) * p
-        now, other = (lower.new_empty(rows, h) for _ in range(2))
-        scratch = gradient.new_empty(rows, h)
+        of_points, of_z = gradient.new_empty(n * p, 2), gradient.new_empty(n, h)
+        now, other = (lower.new_empty(min(n, way.n_images) * p, h) for _ in range(2))
         for images, pixels in way.pieces(n, p):
-            now, other, own = (part[: pixels.stop - pixels.start] for part in (now, other, scratch))
+            now, other = now[: pixels.stop - pixels.start], other[: pixels.stop - pixels.start]
             torch.mm(lower[pixels], weights[-1], out=now)
             of_weights[-1] += lower[pixels].T @ units[-1][pixels]
-            for k in reversed(range(len(units) - 1)):
-                way.activation.backward(now, units[k + 1][pixels], now)
-                of_weights[k] += now.T @ units[k][pixels]
-                of_biases[k] += now.sum(0, dtype=of_biases[k].dtype)
-                torch.mm(now, weights[k], out=other)
-                now, other = other, now
-            way.activation.backward(now, units[0][pixels], now)
-            own.copy_(now)
-            of_first += (flat[pixels].T @ own).T
-            torch.mm(own, first, out=of_points[pixels])
-            torch.sum(own.view(-1, p, h), 1, out=of_z[images])
+            for k in reversed(range(len(units))):
+                way.activation.backward(now, units[k][pixels], now)
+                of_weights[k] += now.T @ inputs[k][pixels]
+                if k > 0:
+                    of_biases[k] += now.sum(0)
+                    torch.mm(now, weights[k], out=other)
+                    now, other = other, now
+            of_points[pixels] = now @ weights[0]
+            of_z[images] = now.view(-1, p, h).sum(1)
+        of_biases[0] = of_z.sum(0)
         others = itertools.chain(*zip(of_weights, of_biases, strict=True))
-        return of_points.view(n, p, 2), of_z, None, of_first, of_z.sum(0), *others
+        return of_points.view(n, p, 2), of_z, None, *others
 
 
 class CoordinateGenerator(nn.Module):
