@@ -8,6 +8,8 @@ rounding, whatever the number of ranks. Rank 0 alone writes. In one process ever
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -72,6 +74,9 @@ def processes() -> Iterator[None]:
     local = int(os.environ["LOCAL_RANK"])
     if local < torch.cuda.device_count():
         torch.cuda.set_device(local)
+    # Adam imports it; imported while the group stands, it holds on to the group, whose threads then
+    # outlive it and now and then abort the process at its end
+    importlib.import_module("torch._dynamo")
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     _place.rank, _place.world = dist.get_rank(), dist.get_world_size()
     _place.n_started = _place.world
@@ -106,6 +111,7 @@ def part() -> None:
 
 def _leave() -> None:
     if dist.is_initialized():
+        gc.collect()  # of what DistributedDataParallel made, which holds on to the group as well
         dist.destroy_process_group()
     _place.world = 1
 

@@ -71,3 +71,5 @@ if __name__ == "__main__":
     with distributed.processes():
         train(star_path, out_path)
         estimate(star_path, models_path, out_path)
+    threads = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    assert not [name for name in threads if "gloo" in name], "they may abort the process at its end"
