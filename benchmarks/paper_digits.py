@@ -1,6 +1,6 @@
 """Test bounds of digits, the paper's Figure 2, and manifolds of a two-dimensional z, its Figure 3.
 
-    python -m benchmarks.paper_digits --source ../shared/data/mnist [--size paper|unbinned|long|cpu|small]
+    python -m benchmarks.paper_digits --source FOLDER [--size paper|unbinned|long|cpu|small|quick]
 
 Plain digits, digits turned by N(0, (pi/4)²) and shifted by N(0, 1.4² px), and digits turned and shifted
 by N(0, 14² px) on a canvas of 84 px that holds them. Three models on each: the spatial-VAE, the same
