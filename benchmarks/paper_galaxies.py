@@ -1,6 +1,6 @@
 """Galaxies: test bounds and samples of the spatial-VAE at pose zero, the paper's Figure 5.
 
-    python -m benchmarks.paper_galaxies --source ../shared/data/galaxies [--size paper|cpu|small|quick]
+    python -m benchmarks.paper_galaxies --source ../shared/data/galaxies [--size SIZE]
 
 Images of 64 px, three colours, Bernoulli; every tenth is kept for the test. The models are the
 spatial-VAE, the same with its pose fixed at 0, and a vanilla VAE. As in the paper the rotation's prior has
@@ -53,6 +53,7 @@ class Size:
 
 SIZES = {
     "paper": Size(2_000, 1, 500, 5_000, 300, 100, 1e-4, (20, 50, 100)),
+    "unbinned": Size(2_000, 1, 128, 500, 80, 20, 1e-3, (20,), 4),
     "cpu": Size(2_000, 2, 128, 500, 80, 20, 1e-3, (20,), 4),
     "small": Size(2_000, 4, 64, 200, 40, 20, 2e-3, (20,)),
     "quick": Size(800, 4, 32, 100, 20, 10, 5e-3, (10,)),
