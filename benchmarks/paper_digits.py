@@ -1,6 +1,6 @@
 """Test bounds of digits, the paper's Figure 2, and manifolds of a two-dimensional z, its Figure 3.
 
-    python -m benchmarks.paper_digits --source FOLDER [--size paper|unbinned|long|cpu|small|quick]
+    python -m benchmarks.paper_digits --source FOLDER [--size SIZE]
 
 Plain digits, digits turned by N(0, (pi/4)²) and shifted by N(0, 1.4² px), and digits turned and shifted
 by N(0, 14² px) on a canvas of 84 px that holds them. Three models on each: the spatial-VAE, the same
@@ -32,6 +32,7 @@ class Size:
 
     binned, binned_canvas: a pixel is the mean of a square of so many, on 28 and on 84 px.
     one_cycle: the learning rate, of every model, rises to the one given and falls to 0.
+    encoder_hidden: units of a layer of the encoder; None: of the generator's width, as in the paper.
     """
 
     n_train: int
@@ -44,6 +45,7 @@ class Size:
     learning_rate: float
     z_dims: tuple[int, ...]
     one_cycle: bool = False
+    encoder_hidden: int | None = None
 
 
 SIZES = {
@@ -52,6 +54,7 @@ SIZES = {
     "small": Size(12_000, 1_000, 2, 4, 64, 5, 20, 2e-3, (2,)),
     "long": Size(60_000, 10_000, 2, 4, 128, 20, 20, 5e-3, (2,), one_cycle=True),
     "unbinned": Size(60_000, 10_000, 1, 2, 128, 20, 20, 5e-3, (2,), one_cycle=True),
+    "wide": Size(60_000, 10_000, 1, 2, 128, 20, 20, 5e-3, (2,), one_cycle=True, encoder_hidden=500),
     "quick": Size(2_000, 500, 2, 4, 32, 10, 10, 5e-3, (2,)),
 }
 
@@ -122,7 +125,7 @@ def train_model(name: str, train: Posed, chosen: DigitSet, size: Size, z_dim: in
         device=arguments.device,
         pixels="bernoulli",
         hidden=size.hidden,
-        encoder_hidden=size.hidden,
+        encoder_hidden=size.encoder_hidden or size.hidden,
         rotation_prior="normal",
         rotation_std_deg=ROTATION_STD_DEG,
         shift_std_px=chosen.prior_shift_px / chosen.binned(size),
