@@ -54,7 +54,7 @@ SIZES = {
     "small": Size(12_000, 1_000, 2, 4, 64, 5, 20, 2e-3, (2,)),
     "long": Size(60_000, 10_000, 2, 4, 128, 20, 20, 5e-3, (2,), one_cycle=True),
     "unbinned": Size(60_000, 10_000, 1, 2, 128, 20, 20, 5e-3, (2,), one_cycle=True),
-    "wide": Size(60_000, 10_000, 1, 2, 128, 20, 20, 5e-3, (2,), one_cycle=True, encoder_hidden=500),
+    "wide": Size(60_000, 10_000, 1, 2, 128, 20, 20, 2e-3, (2,), one_cycle=True, encoder_hidden=500),
     "quick": Size(2_000, 500, 2, 4, 32, 10, 10, 5e-3, (2,)),
 }
 
