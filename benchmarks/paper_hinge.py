@@ -54,7 +54,7 @@ SIZES = {
     "paper": Size(20_000, 40, 0.1, 500, 500, 2, 1, Effort(100), Effort(100), 20),
     "wide": Size(
         20_000, 40, 0.1, 500, 500, 1, 4,
-        Effort(100, minutes=60, batch_size=25, learning_rate=1e-3), Effort(100), 20,
+        Effort(100, minutes=60, batch_size=25, learning_rate=2e-4), Effort(100), 20,
     ),
     "cpu": Size(
         20_000, 40, 0.1, 64, 256, 1, 4,
