@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import bz2
 import gzip
+import linecache
 import resource
 import shutil
 import signal
@@ -209,6 +210,7 @@ def _check_beside_starfile(star: StarFile) -> None:
     if b"\r" in star._text.data.replace(b"\r\n", b""):
         return  # starfile takes it for a line's end, and then loses rows
     labels = sorted({label for block in star.blocks for label in block.labels})
+    linecache.clearcache()  # where starfile fails, it leaves that file's lines there for the next one
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
