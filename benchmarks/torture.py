@@ -222,6 +222,8 @@ def _check_beside_starfile(star: StarFile) -> None:
         table = judged.get(block.name)
         if table is None or names.count(block.name) > 1 or list(table) != list(block.labels):
             continue
+        if any(cell.startswith("data_") for cell in block.text(block.labels[0])):
+            continue  # starfile takes such a row for a heading, RELION does not
         for label in block.labels:
             theirs = [str(cell) for cell in (table[label] if block.is_loop else [table[label]])]
             _same_numbers(block, label, theirs, "starfile")

@@ -26,6 +26,9 @@ _TOKEN = re.compile(
 )
 _HEADING = re.compile(rb"data_(?P<name>[^\x00-\x20]*)([\x00-\x20]+(#.*)?)?")
 _LOOP = re.compile(rb"loop_([\x00-\x20]+(#.*)?)?")
+_ODD_BYTES = bytes(set(range(ord(" "))) - set(b"\t\n\r"))
+_ORDINARY_BYTES = bytes(set(range(256)) - set(_ODD_BYTES))
+_LONE_RETURN = re.compile(rb"\r(?![\r\n]|\Z)")
 
 
 def read_star(path: Path) -> StarFile:
@@ -39,6 +42,7 @@ def read_star(path: Path) -> StarFile:
 def parse_star(path: Path, data: bytes) -> StarFile:
     """The tables of a file's bytes; ``path`` is for messages."""
     text = Text(path, data, _line_starts(data))
+    _check_bytes(text)
     return StarFile(path, tuple(_Reader(text).blocks()), text)
 
 
@@ -80,6 +84,22 @@ def _line_starts(data: bytes) -> NDArray[np.int64]:
     ]
     last = [] if data.endswith(b"\n") else [len(data)]
     return np.concatenate([[0], *ends, last]).astype(np.int64)
+
+
+def _check_bytes(text: Text) -> None:
+    """Control bytes are signs of damage, and programs differ over where a cell that holds one ends."""
+    odd = text.data.translate(None, _ORDINARY_BYTES)[:1]  # much faster than a search
+    at = text.data.index(odd) if odd else None
+    if at is None and b"\r" in text.data and (lone := _LONE_RETURN.search(text.data)):
+        at = lone.start()
+    if at is not None:
+        text.fail(
+            int(np.searchsorted(text.line_starts, at, side="right")) - 1,
+            f"byte 0x{text.data[at]:02x} within the line",
+            "text, and lines that end with a line feed",
+            "if the line is damaged, write the file again; if lines end with carriage returns alone, "
+            "replace each by a line feed.",
+        )
 
 
 def _skip_white(data: bytes, starts: NDArray[np.int64], stops: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -124,6 +144,13 @@ class _Reader:
                 name, found_table = heading, False
                 at = self._next_content(at + 1)
                 continue
+            for word in (b"data_", b"loop_"):
+                if self._starts_with(at, word) and not self._is_loop(at):
+                    self._fail_line(
+                        at,
+                        f"{word.decode()}{'name' * (word == b'data_')} alone on its line",
+                        "remove what follows it; if it is a row, remove the blank lines above it.",
+                    )
             if name is None:
                 self._fail_line(
                     at, "a data_ heading before any data", "add a line such as data_particles above it."
@@ -185,15 +212,18 @@ class _Reader:
         line = self.text.line(at)
         return [line[a:b] for a, b in self._tokens(at)]
 
+    def _starts_with(self, at: int, word: bytes) -> bool:
+        return self.text.data.startswith(word, self.begin[at])
+
     def _heading(self, at: int) -> str | None:
         """The block's name where the line is a ``data_`` heading."""
-        if not self.text.data.startswith(b"data_", self.begin[at]):
+        if not self._starts_with(at, b"data_"):
             return None
         match = _HEADING.fullmatch(self.text.line(at), self.begin[at] - self.text.line_starts[at])
         return decode(match["name"]) if match else None
 
     def _is_loop(self, at: int) -> bool:
-        if not self.text.data.startswith(b"loop_", self.begin[at]):
+        if not self._starts_with(at, b"loop_"):
             return False
         return bool(_LOOP.fullmatch(self.text.line(at), self.begin[at] - self.text.line_starts[at]))
 
@@ -278,14 +308,23 @@ class _Reader:
         return block, end
 
     def _end_of_loop(self, at: int) -> int:
-        """The line of the next heading, ``loop_``, or label; a first cell may look like any of them."""
+        """The line of the next heading, ``loop_``, or label; the first cell of a row that follows other
+        rows may look like any of them.
+        """
         for mark in self.marks[np.searchsorted(self.marks, at) :].tolist():
-            if self.first[mark] == ord("_"):
-                if self.first[mark - 1] == 0:  # a row follows its rows; a label begins anew
-                    return int(mark)
-            elif self._heading(mark) is not None or self._is_loop(mark):
+            word = next((w for w in (b"_", b"data_", b"loop_") if self._starts_with(mark, w)), None)
+            if word is None:
+                continue
+            if self._follows_blank(mark) or self._heading(mark) is not None or self._is_loop(mark):
                 return int(mark)
         return self.n_lines
+
+    def _follows_blank(self, at: int) -> bool:
+        """Whether the line is parted from its rows, and so is none itself (in RELION no line is then)."""
+        at -= 1
+        while self.first[at] == ord("#"):
+            at -= 1
+        return bool(self.first[at] == 0)
 
     def _row_bounds(self, labels: list[str], lines: NDArray[np.int64]) -> NDArray[np.uint32]:
         bounds = np.empty((len(lines), len(labels) + 1), np.uint32)

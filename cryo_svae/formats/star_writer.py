@@ -33,7 +33,7 @@ from cryo_svae.formats.star_table import (
 
 _RESERVED = re.compile(r"""[#"'_;$]|(data_|loop_|save_|stop_|global_)""", re.I)
 _SHORT = 16
-_UNWRITABLE = re.compile(r"[\n\r\0]")
+_UNWRITABLE = re.compile(r"[\x00-\x08\x0a-\x1f]")
 _MAY_BE_RESERVED = np.isin(np.arange(256), list(b"\n#\"'_;$dDlLsSgG"))
 
 
@@ -58,7 +58,8 @@ Columns = Mapping[str, Sequence[str] | Numbers]
 def quote(cell: str) -> str:
     """The cell as it must stand in a STAR file: in quotes only where it needs them.
 
-    Raises OutputError for text that no STAR row can hold (a line break, both kinds of quotes closing).
+    Raises OutputError for text that no STAR row can hold (a line break or other control character, both
+    kinds of quotes closing).
     """
     if cell and not _RESERVED.match(cell) and not any(c <= " " for c in cell):
         return cell
@@ -66,7 +67,8 @@ def quote(cell: str) -> str:
         if not _UNWRITABLE.search(cell) and not re.search(rf"{mark}[\x00-\x20]", cell):
             return f"{mark}{cell}{mark}"
     raise OutputError(
-        f"{cell!r} cannot be written in a STAR file.\n  To mend: remove its line breaks or quotes."
+        f"{cell!r} cannot be written in a STAR file.\n"
+        "  To mend: remove its line breaks, control characters or quotes."
     )
 
 

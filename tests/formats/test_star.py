@@ -82,6 +82,8 @@ def test_cells_come_as_they_stand(tmp_path: Path) -> None:
     [
         ("data_\nloop_\n_a\n1\n", ["1"]),
         ("data_\r\n\r\nloop_ \r\n_a #1 \r\n1 \r\n2\r\n \r\n", ["1", "2"]),
+        ("data_\r\r\nloop_\r\r\n_a\r\r\n1\r\r\n2\r", ["1", "2"]),
+        ("data_\nloop_\n_a\n1\n\n# a list\n_b 2\n", ["1"]),
         ("data_\nloop_ # rows\n_a # first\n\n# here\n1\n\n# and here\n2\n\n\n", ["1", "2"]),
         ("data_\nloop_\n_a\n_b\n\t1\t2\n  3 4", ["1", "3"]),
         ("data_\nloop_\n_a #1\n", []),
@@ -155,7 +157,14 @@ def test_bytes_that_are_not_utf8_survive(tmp_path: Path) -> None:
         (b'data_\n_a "x\n', "particles.star:2: column #2: ", "a quote that is not closed"),
         (b"data_\n_a x y\n", "particles.star:2: ", "'_a x y'"),
         (b"data_\n_a\n;text\n", "particles.star:3: ", "';text'"),
-        (b"data_\rloop_\r_a\r1\r", "particles.star:1: ", "'data_"),
+        (b"data_\nloop_\n_a\n_b\n1 2\n\ndata_x 3\n", "particles.star:7: ", "'data_x 3'"),
+        (b"data_\nloop_\n_a\n_b\n1 2\n\n# c\n\ndata_x 3\n", "particles.star:9: ", "'data_x 3'"),
+        (b"data_\nloop_\n_a\n_b\n1 2\n \n# c\nloop_ 3\n", "particles.star:8: ", "'loop_ 3'"),
+        (b"data_x y\nloop_\n_a\n1\n", "particles.star:1: ", "'data_x y'"),
+        (b"data_\rloop_\r_a\r1\r", "particles.star:1: ", "byte 0x0d within the line"),
+        (b"data_\nloop_\n_a\n_b\n1\x172 3\n", "particles.star:5: ", "byte 0x17 within the line"),
+        (b"data_\nloop_\n_a\n_b\n1 2\n3\x0b4\n", "particles.star:6: ", "byte 0x0b within the line"),
+        (b"data_\nloop_\n_a\n_b\n1 2\n3\r4\r\n", "particles.star:6: ", "byte 0x0d within the line"),
     ],
 )
 def test_what_is_no_star_file_is_told_with_its_place(
@@ -353,7 +362,7 @@ def test_new_tables_are_laid_out_as_relion_does(tmp_path: Path) -> None:
     assert star.blocks[1].text("rlnImageName") == ["1@a b.mrcs", "x"]
 
 
-@pytest.mark.parametrize("cell", ["a\nb", "a\r", "a\0b", "a\" b' c"])
+@pytest.mark.parametrize("cell", ["a\nb", "a\r", "a\0b", "a\x17b", "a\" b' c"])
 def test_a_cell_that_no_row_can_hold_is_refused(tmp_path: Path, cell: str) -> None:
     with pytest.raises(OutputError, match="cannot be written in a STAR file"):
         write_tables(tmp_path / "new.star", {"x": {"a": [cell]}})
