@@ -22,7 +22,14 @@ from cryo_svae.ctf import CtfTable, ctf_2d
 from cryo_svae.errors import InputError
 from cryo_svae.models.coordinate_generator import CoordinateGenerator, mlp
 from cryo_svae.models.divergences import kl_normal, kl_normal_free_mean
-from cryo_svae.models.engine import Batch, ElboTerms, Engine, Posterior, TrainingDefaults
+from cryo_svae.models.engine import (
+    Batch,
+    ElboTerms,
+    Engine,
+    Posterior,
+    TrainingDefaults,
+    own_precision,
+)
 from cryo_svae.models.pixels import PixelKind, PixelLikelihood
 
 FEWEST_FOR_BFLOAT16 = 64  # units of a hidden layer from which a CPU gains a fifth or more
@@ -62,11 +69,6 @@ class CoordinateConfig:
         check(self.pose_candidates >= 1, "pose_candidates", self.pose_candidates, "1 or more")
         check(self.shift_std_px > 0, "shift_std_px", self.shift_std_px, "pixels above 0")
         check(self.channels in (1, 3), "channels", self.channels, "1 or 3")
-
-
-def _own_precision(like: Tensor) -> torch.autocast:
-    """No autocast."""
-    return torch.autocast(like.device.type, enabled=False)
 
 
 class Latents(NamedTuple):
@@ -134,7 +136,7 @@ class CoordinateEngine(Engine):
     ) -> Float[Tensor, "b p out"]:
         """Generator's output at the pixels within the mask, in a pose."""
         points = self.coordinates_px.expand(len(z), -1, -1)
-        with _own_precision(z):
+        with own_precision(z):
             posed = geometry.particle_to_reference(points, psi_rad, origin_px)
         output: Tensor = self.generator(posed / (self.box_px / 2), z)
         return output
@@ -258,7 +260,7 @@ class CoordinateEngine(Engine):
         with torch.no_grad():
             scores = []
             for turn in turns:
-                with _own_precision(batch.image):
+                with own_precision(batch.image):
                     latents = self._encode_turned(batch, turn)
                 z = latents.z if self.z_active else torch.zeros_like(latents.z)
                 origin = latents.origin if config.translate else torch.zeros_like(latents.origin)
@@ -292,7 +294,7 @@ class CoordinateEngine(Engine):
     def elbo(self, batch: Batch) -> ElboTerms:
         """The paper's bound, one posterior sample a particle."""
         turn = self._turn(batch)
-        with _own_precision(batch.image):
+        with own_precision(batch.image):
             latents = self._encode_turned(batch, turn)
         psi = _sample(batch, latents.psi, latents.psi_log_std)
         origin = _sample(batch, latents.origin, latents.origin_log_std)

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from cryo_svae.models.engine import own_precision
+
 UNITS_AT_A_TIME = 2**20  # of a hidden layer
 
 
@@ -172,7 +174,7 @@ class CoordinateGenerator(nn.Module):
         way = _Way(self.activation, lower, n_images, torch.is_grad_enabled())
         layers = [self.of_coordinates, *(m for m in self.rest if isinstance(m, nn.Linear))]
         parameters = itertools.chain(*((layer.weight, layer.bias) for layer in layers))
-        with torch.autocast(kind, enabled=False):
+        with own_precision(z):
             output: Tensor = _EveryPixel.apply(  # type: ignore[no-untyped-call]
                 coordinates, self.of_z(z), way, *parameters
             )

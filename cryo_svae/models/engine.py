@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
+def own_precision(like: Tensor) -> torch.autocast:
+    """A context without autocast on the tensor's device: what is computed in it keeps its own precision."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
 @dataclass(frozen=True)
 class Batch:
     """b particles as an engine sees them.

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from cryo_svae import distributed
 from cryo_svae.config import check, derived
 from cryo_svae.ctf import CtfTable, ctf_at, electron_wavelength_angst
-from cryo_svae.models.engine import Batch, ElboTerms, Engine, Posterior, TrainingDefaults
+from cryo_svae.models.engine import (
+    Batch,
+    ElboTerms,
+    Engine,
+    Posterior,
+    TrainingDefaults,
+    own_precision,
+)
 from cryo_svae.models.invariant_encoder import InvariantEncoder
 from cryo_svae.models.polar_generator import PolarGenerator
 from cryo_svae.models.pose_posterior import Look, PosePosterior, disc_of_points, mean_origin
@@ -216,7 +223,7 @@ class SteerableEngine(Engine):
 
     def elbo(self, batch: Batch) -> ElboTerms:
         """Bound per particle; moves the particles' origins and, while training, the running averages."""
-        with torch.no_grad(), torch.autocast(batch.image.device.type, enabled=False):
+        with torch.no_grad(), own_precision(batch.image):
             here, offsets = self._trial_origins(batch.index)
             look, restored = self.look(batch, here, offsets)
         mean, log_std = self.encode(restored)
@@ -224,7 +231,7 @@ class SteerableEngine(Engine):
         log_prior = self.log_prior(origins, self.search_step_px)
         mean = mean + self._improvement(look, log_prior, mean.detach(), log_std.detach())
         content = self.generator(mean + batch.draw(torch.randn, mean) * log_std.exp())
-        with torch.no_grad(), torch.autocast(batch.image.device.type, enabled=False):
+        with torch.no_grad(), own_precision(batch.image):
             pose = look.posterior(content, log_prior)
             expected = ((pose.aligned - 0.5 * pose.filtered) * content).sum((1, 2))
             residual = pose.aligned - pose.filtered
@@ -254,7 +261,7 @@ class SteerableEngine(Engine):
         parabola is a poor picture, long steps drove z apart and whole runs into collapse. It costs
         one generator pass forth and two back.
         """
-        with torch.autocast(mean.device.type, enabled=False):
+        with own_precision(mean):
             with torch.enable_grad():
                 z = mean.requires_grad_()
                 content = self.generator(z)
@@ -429,7 +436,7 @@ class SteerableEngine(Engine):
         """Exact posteriors: coarse-to-fine origins, Newton steps and importance points for z."""
         training = self.training
         self.eval()
-        with torch.no_grad(), torch.autocast(batch.image.device.type, enabled=False):
+        with torch.no_grad(), own_precision(batch.image):
             posterior = PosteriorSearch(self).posterior(batch)
         self.train(training)
         return posterior
