@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 SHAPED = (
@@ -28,6 +29,9 @@ import torch  # noqa: E402
 
 from cryo_svae.formats.mrc import write_stack  # noqa: E402
 from cryo_svae.formats.star import write_tables  # noqa: E402
+
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
