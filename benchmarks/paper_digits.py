@@ -55,6 +55,7 @@ SIZES = {
     "long": Size(60_000, 10_000, 2, 4, 128, 20, 20, 5e-3, (2,), one_cycle=True),
     "unbinned": Size(60_000, 10_000, 1, 2, 128, 20, 20, 5e-3, (2,), one_cycle=True),
     "wide": Size(60_000, 10_000, 1, 2, 128, 20, 20, 2e-3, (2,), one_cycle=True, encoder_hidden=500),
+    "units": Size(60_000, 10_000, 1, 2, 500, 10, 20, 1e-3, (2,), one_cycle=True),
     "quick": Size(2_000, 500, 2, 4, 32, 10, 10, 5e-3, (2,)),
 }
 
