@@ -212,8 +212,8 @@ class _Reader:
         line = self.text.line(at)
         return [line[a:b] for a, b in self._tokens(at)]
 
-    def _starts_with(self, at: int, word: bytes) -> bool:
-        return self.text.data.startswith(word, self.begin[at])
+    def _starts_with(self, at: int, words: bytes | tuple[bytes, ...]) -> bool:
+        return self.text.data.startswith(words, self.begin[at])
 
     def _heading(self, at: int) -> str | None:
         """The block's name where the line is a ``data_`` heading."""
@@ -312,8 +312,7 @@ class _Reader:
         rows may look like any of them.
         """
         for mark in self.marks[np.searchsorted(self.marks, at) :].tolist():
-            word = next((w for w in (b"_", b"data_", b"loop_") if self._starts_with(mark, w)), None)
-            if word is None:
+            if not self._starts_with(mark, (b"_", b"data_", b"loop_")):
                 continue
             if self._follows_blank(mark) or self._heading(mark) is not None or self._is_loop(mark):
                 return int(mark)
