@@ -11,7 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryo_svae.errors import InputError
-from cryo_svae.formats.star_table import SPACE, WHITE, StarBlock, StarFile, Text, decode, trim_white
+from cryo_svae.formats.star_table import (
+    CONTROL,
+    SPACE,
+    WHITE,
+    StarBlock,
+    StarFile,
+    Text,
+    decode,
+    trim_white,
+)
 
 _CHUNK_BYTES = 1 << 20
 _TOKEN = re.compile(
@@ -26,8 +35,7 @@ _TOKEN = re.compile(
 )
 _HEADING = re.compile(rb"data_(?P<name>[^\x00-\x20]*)([\x00-\x20]+(#.*)?)?")
 _LOOP = re.compile(rb"loop_([\x00-\x20]+(#.*)?)?")
-_ODD_BYTES = bytes(set(range(ord(" "))) - set(b"\t\n\r"))
-_ORDINARY_BYTES = bytes(set(range(256)) - set(_ODD_BYTES))
+_ORDINARY = bytes(set(range(256)) - set(CONTROL))
 _LONE_RETURN = re.compile(rb"\r(?![\r\n]|\Z)")
 
 
@@ -88,7 +96,7 @@ def _line_starts(data: bytes) -> NDArray[np.int64]:
 
 def _check_bytes(text: Text) -> None:
     """Control bytes are signs of damage, and programs differ over where a cell that holds one ends."""
-    odd = text.data.translate(None, _ORDINARY_BYTES)[:1]  # much faster than a search
+    odd = text.data.translate(None, _ORDINARY)[:1]  # much faster than a search
     at = text.data.index(odd) if odd else None
     if at is None and b"\r" in text.data and (lone := _LONE_RETURN.search(text.data)):
         at = lone.start()
@@ -144,11 +152,11 @@ class _Reader:
                 name, found_table = heading, False
                 at = self._next_content(at + 1)
                 continue
-            for word in (b"data_", b"loop_"):
+            for word, whole in ((b"data_", "data_name"), (b"loop_", "loop_")):
                 if self._starts_with(at, word) and not self._is_loop(at):
                     self._fail_line(
                         at,
-                        f"{word.decode()}{'name' * (word == b'data_')} alone on its line",
+                        f"{whole} alone on its line",
                         "remove what follows it; if it is a row, remove the blank lines above it.",
                     )
             if name is None:

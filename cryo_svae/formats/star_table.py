@@ -15,6 +15,7 @@ from cryo_svae.errors import InputError
 
 SPACE = 32  # every byte up to the space separates cells
 WHITE = bytes(range(SPACE + 1))
+CONTROL = bytes(set(range(SPACE)) - set(b"\t\n\r"))  # no text of ours or of others holds them
 CHUNK_ROWS = 8000  # no power of two, at which transposing is slow
 _WIDEST = 256
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*([eE][+-]?\d+)?|\.\d+([eE][+-]?\d+)?|inf|infinity|nan)", re.I | re.A)

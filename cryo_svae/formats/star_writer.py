@@ -19,6 +19,7 @@ from cryo_svae.formats.printed import Characters, printed
 from cryo_svae.formats.star_reader import parse_star
 from cryo_svae.formats.star_table import (
     CHUNK_ROWS,
+    CONTROL,
     SPACE,
     WHITE,
     StarBlock,
@@ -33,7 +34,7 @@ from cryo_svae.formats.star_table import (
 
 _RESERVED = re.compile(r"""[#"'_;$]|(data_|loop_|save_|stop_|global_)""", re.I)
 _SHORT = 16
-_UNWRITABLE = re.compile(r"[\x00-\x08\x0a-\x1f]")
+_UNWRITABLE = re.compile(f"[{CONTROL.decode()}\n\r]")
 _MAY_BE_RESERVED = np.isin(np.arange(256), list(b"\n#\"'_;$dDlLsSgG"))
 
 
