@@ -163,7 +163,7 @@ def test_white_noise_fills_the_rings_evenly():
     images = torch.randn(4000, BOX, BOX, generator=torch.Generator().manual_seed(3))
     engine = SteerableEngine(BOX, 1, SteerableConfig(max_shift_px=0.0))
     (batch,) = batches_of(engine, images, size=4000)
-    power = engine._by_ring(engine._seen(batch, engine.full).square().sum(1).mean(0)) / engine.noise_dof
+    power = engine.polar.ring_sum(engine._seen(batch, engine.full).square().sum(1).mean(0)) / engine.noise_dof
     assert (power[1:] - 1.0).abs().max() < 0.05
 
 
@@ -220,7 +220,7 @@ def test_a_round_ctf_stays_round_beside_an_astigmatic_one():
     engine = new_engine(made.images, ctf=made.ctf)
     stretched = replace(made.ctf, defocus_u_angst=made.ctf.defocus_u_angst.clone())
     stretched.defocus_u_angst[::2] += 20_000.0
-    assert engine.astigmatic(stretched).tolist() == [True, False] * 8
+    assert stretched.astigmatic.tolist() == [True, False] * 8
     batch = batches_of(engine, made.images, stretched)[0]
     whole = engine.infer(batch)
     for rows in (torch.arange(0, 16, 2), torch.arange(1, 16, 2)):
@@ -450,7 +450,7 @@ def test_it_looks_as_far_out_as_there_is_signal(hinge):
     beyond = engine.noise_variance[engine.polar.n_rings :]
     assert (beyond - 1.0).abs().max() < 0.1, "signal is left beyond the last ring"
     decoded = engine.decode(torch.zeros(1, 1))
-    power = engine._by_ring(engine.represent(clean)[..., : engine.polar.n_pairs].square().sum((0, 1)))
+    power = engine.polar.ring_sum(engine.represent(clean)[..., : engine.polar.n_pairs].square().sum((0, 1)))
     assert power[-1] < 0.01 * power.max()
     assert decoded.shape == (1, BOX, BOX)
 
