@@ -142,18 +142,20 @@ def fit_checkpoint(
     """
     settings = plan.settings
     source = ImageSource(particles, before_batch)
-    store = build_store(checkpoint.engine, source, plan.preparation, settings["ctf"], scratch)
+    device = pick_device(settings["device"])
+    engine = checkpoint.engine.to(device)
+    store = build_store(engine, source, plan.preparation, settings["ctf"], scratch, device)
     report_unusable(particles, store)
     schedule = Schedule(
         epochs=settings["epochs"],
         batch_size=settings["batch_size"],
         learning_rate=settings["learning_rate"],
-        one_cycle=checkpoint.engine.training_defaults.schedule == "one-cycle",
+        one_cycle=engine.training_defaults.schedule == "one-cycle",
         held_out=settings["held_out"],
         patience=settings["patience"],
         seed=settings["seed"],
     )
-    fit(checkpoint, store, schedule, pick_device(settings["device"]), on_epoch, before_batch)
+    fit(checkpoint, store, schedule, device, on_epoch, before_batch)
     return source.waited_s + store.waited_s
 
 

@@ -167,10 +167,10 @@ class PolarTransform(nn.Module):
         waves = 2.0 * math.pi / box_px * rings[:, None] * direction[:, None]
         m_phi = torch.arange(self.n_orders, dtype=torch.float64)[:, None] * phi
         sign = 1.0 - 2.0 * (torch.arange(self.n_orders)[:, None] % 2)  # e^{-im(phi + pi)} over e^{-im phi}
-        planes = [
-            torch.stack([wave, sign * wave], -1).flatten(1) for wave in (torch.cos(m_phi), -torch.sin(m_phi))
-        ]
-        fourier = torch.cat([plane * both_signs[: self.n_orders, None] / self.n_angles for plane in planes])
+        planes = torch.cat([torch.cos(m_phi), -torch.sin(m_phi)])
+        scale = both_signs[: self.n_orders, None] / self.n_angles
+        fourier = torch.stack([planes, torch.cat([sign, sign]) * planes], -1).flatten(1)
+        fourier *= torch.cat([scale, scale])
         self.register_buffer("ring", ring, persistent=False)
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("place", ring * (self.n_angles // 2 + 1) + order, persistent=False)
@@ -179,7 +179,8 @@ class PolarTransform(nn.Module):
         self.register_buffer("noise_dof", (area * (mask.double() ** 2).mean()).float(), persistent=False)
         self.register_buffer("_halved", 1.0 / both_signs[order], persistent=False)
         self.register_buffer("_doubled", both_signs, persistent=False)
-        self.register_buffer("_in_ring", (ring[:, None] == torch.arange(self.n_rings)).float(), persistent=False)
+        in_ring = (ring[:, None] == torch.arange(self.n_rings)).float()
+        self.register_buffer("_in_ring", in_ring, persistent=False)
         self.register_buffer("_waves", waves.flatten(1).float(), persistent=False)
         self.register_buffer("_fourier", fourier.float(), persistent=False)
         self.register_buffer("_root_area", area.sqrt().float(), persistent=False)

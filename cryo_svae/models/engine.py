@@ -21,7 +21,7 @@ from cryo_svae.ctf import CtfTable
 from cryo_svae.distributed import Share
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Hashable, Iterator
 
 
 def own_precision(like: Tensor) -> torch.autocast:
@@ -37,15 +37,15 @@ class Batch:
     image:      what ``Engine.represent`` made of the prepared images; float, first axis b.
     ctf:        their CTF parameters, or None where the model has no CTF.
     share:      which rows of a batch of several processes these are; None where they are the whole batch.
-    astigmatic: whether their CTF may change with direction; known beforehand, as looking would make the
-                processor wait for the GPU.
+    astigmatic: whether the CTF of any may change with direction; None where that is to be looked up, for
+                which the processor would wait for a GPU.
     """
 
     index: Int[Tensor, "b"]
     image: Float[Tensor, "b ..."]
     ctf: CtfTable | None
     share: Share | None = None
-    astigmatic: bool = True
+    astigmatic: bool | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -172,6 +172,11 @@ class Engine(nn.Module, ABC):
     z_dim: int
     config: Any
     kl_weight: float | Tensor
+
+    @property
+    def stage(self) -> Hashable:
+        """What a step does differently from epoch to epoch, other than by the values of tensors."""
+        return None
 
     @property
     def may_idle(self) -> bool:

@@ -202,6 +202,11 @@ class SteerableEngine(Engine):
         self.search_step_px.fill_(widest ** (1.0 - done) * FINEST_STEP_PX**done)
         self._march()
 
+    @property
+    def stage(self) -> int:
+        """How many rings are looked at."""
+        return self.polar.n_rings
+
     def _march(self) -> None:
         """Looks ``MARGIN`` rings beyond the last whose signal a group of particles would show."""
         enough = self.signal_power > GROUPS / max(1, len(self.origin_px)) * self.noise_variance
@@ -288,7 +293,10 @@ class SteerableEngine(Engine):
 
     def decode(self, z: Float[Tensor, "k d"]) -> Float[Tensor, "k n n"]:
         """Generated images at pose zero, CTF-free, white particle, inside the soft disc."""
-        content = self.generator(z)
+        return self.image_of(self.generator(z))
+
+    def image_of(self, content: Float[Tensor, "k 2 p"]) -> Float[Tensor, "k n n"]:
+        """Images of the coefficients of the rings looked at."""
         return self.full.image(nn.functional.pad(content, (0, self.full.n_pairs - content.shape[-1])))
 
     # -- what a batch looks like -------------------------------------------------------------
@@ -328,7 +336,8 @@ class SteerableEngine(Engine):
         if table is None:
             return torch.ones(len(batch), polar.n_rings, 1, device=device)
         n_angles = polar.n_angles // 2
-        if not batch.astigmatic:
+        turns = bool(table.astigmatic.any()) if batch.astigmatic is None else batch.astigmatic
+        if not turns:
             mean = (table.defocus_u_angst + table.defocus_v_angst) / 2
             table, n_angles = replace(table, defocus_u_angst=mean, defocus_v_angst=mean), 1
         radius = torch.arange(polar.n_rings, device=device)[:, None] / self.box_px
