@@ -373,7 +373,8 @@ class SteerableEngine(Engine):
         restored = polar.pack(polar.spectra(_both_halves(samples, restore)))
         if power.shape[-1] > 1:
             power = torch.cat([power, power], -1)
-        return Look(polar, polar.shifted_spectra(samples, offsets), power, n_psi), restored
+        spectra = polar.shifted_spectra(samples, offsets, rounded=self.training)
+        return Look(polar, spectra, power, n_psi), restored
 
     def encode(self, restored: Float[Tensor, "b 2 p"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]]:
         """Mean and log standard deviation of q(z | image)."""
