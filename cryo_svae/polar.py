@@ -104,10 +104,9 @@ def ring_area(n_rings: int) -> Float[Tensor, "r"]:
 
 def _spread(packed: Tensor, place: Tensor, shape: tuple[int, int]) -> Tensor:
     """Packed coefficients at their places in two axes, 0 elsewhere."""
-    flat = packed.new_zeros(*packed.shape[:-2], shape[0] * shape[1], dtype=torch.complex64)
-    flat[..., place] = torch.complex(packed[..., 0, :], packed[..., 1, :])
-    spread: Tensor = flat.unflatten(-1, shape)
-    return spread
+    flat = packed.new_zeros(*packed.shape[:-2], shape[0] * shape[1], 2)
+    flat[..., place, :] = packed.mT
+    return torch.view_as_complex(flat.unflatten(-2, shape))
 
 
 def _collect(spread: Tensor, place: Tensor) -> Tensor:
@@ -180,7 +179,7 @@ class PolarTransform(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
         self.register_buffer("noise_dof", (area * (mask.double() ** 2).mean()).float(), persistent=False)
         self.register_buffer("_halved", 1.0 / both_signs[order], persistent=False)
-        self.register_buffer("_doubled", both_signs, persistent=False)
+        self.register_buffer("_doubled", both_signs / self.n_angles, persistent=False)
         in_ring = (ring[:, None] == torch.arange(self.n_rings)).float()
         self.register_buffer("_in_ring", in_ring, persistent=False)
         self.register_buffer("_waves", waves.flatten(1).float(), persistent=False)
@@ -221,7 +220,7 @@ class PolarTransform(nn.Module):
 
     def spectra(self, samples: Float[Tensor, "*b r a"]) -> Complex[Tensor, "*b r f"]:
         """Dense coefficients of polar samples; beyond the band limit not zero."""
-        spectra: Tensor = torch.fft.rfft(samples, norm="forward") * self._doubled
+        spectra: Tensor = torch.fft.rfft(samples) * self._doubled
         return spectra
 
     def forward(self, images: Float[Tensor, "b n n"]) -> Float[Tensor, "b 2 p"]:
@@ -294,7 +293,7 @@ class PolarTransform(nn.Module):
         scale = self._doubled[: self.n_orders, None]
         for t in range(shape[2]):  # one at a time stays in the processor's cache
             here = alpha[..., t, :, :]
-            moved = torch.fft.rfft(_turned(samples, torch.cos(here), torch.sin(here)), norm="forward")
+            moved = torch.fft.rfft(_turned(samples, torch.cos(here), torch.sin(here)))
             torch.mul(moved[..., : self.n_orders].mT, scale, out=spectra[:, :, t])
         return spectra
 

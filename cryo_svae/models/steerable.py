@@ -81,7 +81,7 @@ class SteerableEngine(Engine):
     shift_variance: of each component of the origin, px².
     signal_energy:  running average of <h² c / sigma², c>, the log evidence scale of a particle.
     origin_px:      current origin of each training particle (n, 2).
-    level:          real parts of the coefficients of the soft disc itself (p,).
+    level:          coefficients of the soft disc itself (2, p); the imaginary ones are 0.
     mean_level:     of the training images, in units of the disc.
     noise_dof:      how many independent numbers white noise has on each ring (r,), the level taken off.
     known_z:        contents of some training particles (k, d), seen last.
@@ -116,7 +116,7 @@ class SteerableEngine(Engine):
         self.full = PolarTransform(box_px, self.mask_radius_px, config.max_shift_px)
         self.polar = self.full
         disc = self.full(torch.ones(1, box_px, box_px))[0, 0] * (self.full.order == 0)
-        self.register_buffer("level", disc, persistent=False)
+        self.register_buffer("level", torch.stack([disc, torch.zeros_like(disc)]), persistent=False)
         self.register_buffer("mean_level", torch.tensor(0.0))
         taken = torch.zeros(self.full.n_rings).index_add_(0, self.full.ring, disc.square())
         left = self.full.noise_dof - taken / taken.sum()
@@ -169,7 +169,7 @@ class SteerableEngine(Engine):
         power, passed, total, plain, level, through = sums
         self.mean_level.copy_(level / n)
         # so far the images were summed without any level
-        risen = self.mean_level * self.level
+        risen = self.mean_level * self.level[0]
         power = power + self.polar.ring_sum(2.0 * risen * plain[0] + n * risen.square())
         total[0] += risen * through[ring]
         self.noise_variance.copy_((power / (n * self.noise_dof)).clamp(min=1e-6))
@@ -308,7 +308,7 @@ class SteerableEngine(Engine):
 
     def _levels(self, batch: Batch) -> Float[Tensor, "b"]:
         """Level of each image inside the soft disc."""
-        levels: Tensor = batch.image[:, 0].float() @ self.level / self.level.square().sum()
+        levels: Tensor = batch.image[:, 0].float() @ (self.level[0] / self.level.square().sum())
         return levels
 
     def _seen(self, batch: Batch, polar: PolarTransform) -> Float[Tensor, "b 2 p"]:
@@ -317,9 +317,9 @@ class SteerableEngine(Engine):
         The level that the preparation takes for background is known from few pixels, and its error
         fills the whole disc: left in, it is the strongest variation of many sets, and z is spent on it.
         """
-        excess = (self._levels(batch) - self.mean_level)[:, None] * self.level[: polar.n_pairs]
+        excess = (self._levels(batch) - self.mean_level)[:, None, None]
         image = batch.image[..., : polar.n_pairs].float()
-        return torch.stack([image[:, 0] - excess, image[:, 1]], 1)
+        return torch.addcmul(image, excess, self.level[:, : polar.n_pairs], value=-1.0)
 
     def _trial_origins(self, index: Int[Tensor, "b"]) -> tuple[Float[Tensor, "b 2"], Float[Tensor, "t 2"]]:
         """Where the particles are now, and jittered offsets around it."""
