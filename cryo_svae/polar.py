@@ -316,7 +316,7 @@ class PolarTransform(nn.Module):
 
 @contextmanager
 def tensor_float_32() -> Iterator[None]:
-    """While this lasts a GPU multiplies float32 matrices with 10 bits of mantissa, several times as fast."""
+    """While this lasts a GPU multiplies float32 matrices with 10 bits of mantissa, and faster."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:

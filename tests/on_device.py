@@ -28,8 +28,8 @@ Thing = TypeVar("Thing")
 def _stand_in_for_cuda() -> None:
     """Has a CPU build of torch ask the meta device, which does nothing, what it would ask CUDA.
 
-    Autograd's graph and Python's indexing look up the current device and stream of each tensor; without CUDA
-    there is nobody to answer.
+    Autograd's graph and Python's indexing look up the current device and stream of each tensor; without
+    CUDA there is nobody to answer.
     """
     library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libc10.*"))))
     guards = (ctypes.c_void_p * DEVICE_TYPES).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
@@ -77,7 +77,9 @@ def _gradients(outputs: list[Tensor], gradients: list[Tensor]) -> dict[Tensor, T
         call = node.apply if isinstance(node, torch.autograd.function.BackwardCFunction) else node
         given = call(*received)
         given = given if isinstance(given, tuple) else (given,)
-        if len(given) > len(node.next_functions):  # a function of ours, some of whose arguments are no tensors
+        if len(given) > len(
+            node.next_functions
+        ):  # a function of ours, some of whose arguments are no tensors
             given = tuple(each for each in given if each is not None)
         for (other, place), gradient in zip(node.next_functions, given, strict=True):
             add(other, place, gradient)

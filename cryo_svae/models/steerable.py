@@ -90,7 +90,13 @@ class SteerableEngine(Engine):
     """
 
     training_defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
-        epochs=(10, 60), images=250_000, batch_size=128, learning_rate=2e-3, schedule="one-cycle"
+        epochs=(10, 60),
+        images=250_000,
+        batch_size=128,
+        learning_rate=2e-3,
+        schedule="one-cycle",
+        largest_batch=2048,
+        batch_bytes=350,
     )
     largest_box_px: ClassVar[int] = 128
     tables: ClassVar[tuple[str, ...]] = ("origin_px",)
