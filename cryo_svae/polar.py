@@ -124,8 +124,9 @@ class PolarTransform(nn.Module):
                    coefficients only: images go through the whole one.
 
     Attributes: ``n_rings``, ``n_orders`` (orders 0 … n_orders - 1), ``n_angles``,
-    ``n_pairs`` P; buffers ``ring`` and ``order`` (P,) of each pair, ``mask`` (N, N) and
-    ``noise_dof`` (n_rings,): how many independent real numbers white noise has on each ring.
+    ``n_pairs`` P; buffers ``ring`` and ``order`` (P,) of each pair, ``one_sided`` (P,): 1 of order 0, 1/2
+    of the others, ``mask`` (N, N) and ``noise_dof`` (n_rings,): how many independent real numbers white
+    noise has on each ring.
     """
 
     ring: Tensor
@@ -134,6 +135,7 @@ class PolarTransform(nn.Module):
     _place_by_order: Tensor
     mask: Tensor
     noise_dof: Tensor
+    one_sided: Tensor
     _halved: Tensor
     _doubled: Tensor
     _in_ring: Tensor
@@ -179,6 +181,7 @@ class PolarTransform(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
         self.register_buffer("noise_dof", (area * (mask.double() ** 2).mean()).float(), persistent=False)
         self.register_buffer("_halved", 1.0 / both_signs[order], persistent=False)
+        self.register_buffer("one_sided", (1.0 / both_signs[order]).square(), persistent=False)
         self.register_buffer("_doubled", both_signs / self.n_angles, persistent=False)
         in_ring = (ring[:, None] == torch.arange(self.n_rings)).float()
         self.register_buffer("_in_ring", in_ring, persistent=False)

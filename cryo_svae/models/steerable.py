@@ -377,8 +377,6 @@ class SteerableEngine(Engine):
             return look, centred * restore[:, None, ring, 0]
         samples = _both_halves(polar.shift(polar.samples(images), here), by_variance)
         restored = polar.pack(polar.spectra(_both_halves(samples, restore)))
-        if power.shape[-1] > 1:
-            power = torch.cat([power, power], -1)
         spectra = polar.shifted_spectra(samples, offsets, rounded=self.training)
         return Look(polar, spectra, power, n_psi), restored
 
@@ -396,7 +394,8 @@ class SteerableEngine(Engine):
         density = -0.5 * origins.square().sum(-1) / self.shift_variance - torch.log(
             2.0 * math.pi * self.shift_variance
         )
-        mass = density + 2.0 * torch.log(torch.as_tensor(step_px, device=origins.device))[..., None]
+        side = torch.log(step_px)[..., None] if isinstance(step_px, Tensor) else math.log(step_px)
+        mass = density + 2.0 * side
         return mass - torch.logsumexp(mass, 1, keepdim=True).clamp(min=0.0)
 
     def empty_image(self, batch: Batch) -> Float[Tensor, "b"]:
