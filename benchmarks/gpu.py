@@ -147,7 +147,9 @@ def engine_and_store(box_px: int, n: int) -> tuple[SteerableEngine, TrainingStor
     torch.manual_seed(0)
     config = SteerableConfig(max_shift_px=SHIFT_PX, mask_radius_px=box_px / 2 - 1)
     engine = SteerableEngine(box_px, Z_DIM, config).to(GPU)
-    images = [engine.represent(torch.randn(512, box_px, box_px, device=GPU)).half() for _ in range(n // 512)]
+    images = [
+        engine.represent(torch.randn(512, box_px, box_px, device=GPU)).half() for _ in range(n // 512)
+    ]
     # 2 % at this pixel size turns the phase by more than what counts as round
     store = TrainingStore(torch.cat(images), random_ctf(n, 280.0 / box_px), np.arange(n))
     engine.start(store.batches(torch.arange(n), 512, GPU), n)
@@ -201,7 +203,8 @@ def estimation_rows(card: Card) -> None:
         show(
             f"estimation {box_px} px",
             images_s=round(n / took), us_each=1e6 * took / n, kernels=n_kernels,
-            busy_us_each=1e3 * busy_ms / n, **{k.replace("_ms", "_us_each"): v for k, v in a_thousand.items()},
+            busy_us_each=1e3 * busy_ms / n,
+            **{k.replace("_ms", "_us_each"): v for k, v in a_thousand.items()},
             gb=torch.cuda.max_memory_allocated() / 2**30,
         )  # fmt: skip
         del engine, store, batch, few
@@ -224,7 +227,7 @@ def view_store(engine: SteerableEngine, views: ViewSet, n: int) -> tuple[Trainin
 
 
 def batch_rows(source: Path | None) -> None:
-    """The same number of images in batches of several sizes: bounds, and what is learned, beside seconds."""
+    """As many images in batches of several sizes: bounds, and what is learned, beside seconds."""
     box_px, n, epochs = 64, 100_000, 10
     views = ViewSet(box_px, 0.1, source, GPU)
     preparation = Preparation(
@@ -293,7 +296,10 @@ def check(source: Path | None) -> None:
             run_job(star, folder / engine_name, *small)
         resumed = folder / "resumed"
         run_job(star, resumed, "--epochs", "6")
-        compare("a job repeated on the GPU", *(load_checkpoint(folder / j / "model.pt") for j in ("job", "resumed")))
+        compare(
+            "a job repeated on the GPU",
+            *(load_checkpoint(folder / j / "model.pt") for j in ("job", "resumed")),
+        )
         particles = read_particles(star)
         checkpoint = load_checkpoint(folder / "job" / "model.pt")
         few = ImageSource(particles)
@@ -301,7 +307,9 @@ def check(source: Path | None) -> None:
         show("estimation, GPU to CPU", **table_differences(*tables))
         number = 1 + (np.argsort(np.argsort(tables[0].z[:, 0])) * 10 // len(particles)).astype(np.intp)
         means = [
-            class_averages(few, tables[0], number, 10, checkpoint.preparation, use_ctf=True, seed=0, device=d)
+            class_averages(
+                few, tables[0], number, 10, checkpoint.preparation, use_ctf=True, seed=0, device=d
+            )
             for d in (CPU, GPU)
         ]
         difference = np.abs(means[0].image - means[1].image).max() / means[0].image.std()
@@ -333,7 +341,17 @@ def table_differences(one: EstimateTable, other: EstimateTable) -> dict[str, flo
 
 def run_job(star: Path, job: Path, *options: str) -> float:
     """Seconds of ``cryo-svae run`` in a process of its own."""
-    command = [sys.executable, "-m", "cryo_svae", "run", str(star), "--out", str(job), "--z-dim", str(Z_DIM)]
+    command = [
+        sys.executable,
+        "-m",
+        "cryo_svae",
+        "run",
+        str(star),
+        "--out",
+        str(job),
+        "--z-dim",
+        str(Z_DIM),
+    ]
     began = time.perf_counter()
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     if done.returncode != 0:

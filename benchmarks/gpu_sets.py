@@ -33,7 +33,7 @@ class Views:
 
 
 class ViewSet:
-    """A molecule seen from all sides, 128 px unless told otherwise, shifts of 1.5 px, CTF of 1 to 2.5 µm."""
+    """A molecule seen from all sides, shifts of 1.5 px, CTF of 1 to 2.5 µm with 2 % of astigmatism."""
 
     def __init__(self, box_px: int, snr: float, source: Path | None, device: torch.device) -> None:
         self.box_px, self.snr, self.device = box_px, snr, device

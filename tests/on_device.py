@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 GPU = torch.device("cuda", 0)
+MEMORY = 80 * 2**30  # of the GPU, bytes
 DEVICE_TYPES, CUDA, META = 32, 1, 14  # numbers of c10::DeviceType
 
 Thing = TypeVar("Thing")
@@ -128,5 +130,8 @@ def fake_gpu() -> Iterator[FakeGpu]:
         FakeTensorMode(),
         mock.patch.object(Tensor, "backward", _backward),
         mock.patch.object(torch.autograd, "grad", _grad),
+        mock.patch.object(
+            torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=MEMORY)
+        ),
     ):
         yield FakeGpu()

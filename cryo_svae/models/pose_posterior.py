@@ -86,7 +86,7 @@ class Look:
         squared = torch.fft.rfft(here.square().addcmul_(opposite, opposite))
         product = (self._power_spectrum.conj()[:, None] * squared).sum(2)
         scale = 0.5 / self.power.shape[-1] ** 2
-        half_turn = torch.fft.irfft(product, n=self.n_psi // 2, norm="forward") * scale
+        half_turn: Tensor = torch.fft.irfft(product, n=self.n_psi // 2, norm="forward") * scale
         return half_turn.repeat(1, 1, 2)
 
     def filtered(

@@ -141,6 +141,7 @@ class SteerableEngine(Engine):
         self.register_buffer("search_step_px", torch.tensor(FINEST_STEP_PX), persistent=False)
         around = disc_of_points(TRIALS if config.max_shift_px > 0.0 else 0.0, self.origin_px.device)
         self.register_buffer("around", around, persistent=False)
+        self.search = PosteriorSearch(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         table = state_dict.get(prefix + "origin_px")
@@ -227,6 +228,7 @@ class SteerableEngine(Engine):
         self.polar = self.coarser(n_rings)
         self.n_rings.fill_(self.polar.n_rings)
         self.generator.n_pairs = self.polar.n_pairs
+        self.search = PosteriorSearch(self)
 
     def coarser(self, n_rings: int) -> PolarTransform:
         """The transform of the inner rings, of those looked at."""
@@ -449,7 +451,7 @@ class SteerableEngine(Engine):
         training = self.training
         self.eval()
         with torch.no_grad(), own_precision(batch.image):
-            posterior = PosteriorSearch(self).posterior(batch)
+            posterior = self.search.posterior(batch)
         self.train(training)
         return posterior
 
