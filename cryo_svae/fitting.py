@@ -29,7 +29,7 @@ from cryo_svae.estimation import EstimateTable
 from cryo_svae.images import ImageSource
 from cryo_svae.models import CONFIG_CLASSES, ENGINES
 from cryo_svae.particles import ParticleSet
-from cryo_svae.preprocessing import Preparation, plan_preparation, prepared_images
+from cryo_svae.preprocessing import CPU, Preparation, plan_preparation, prepared_images
 from cryo_svae.store import OUTLIER, TrainingStore, build_store
 from cryo_svae.training import Schedule, fit, seed_everything
 
@@ -51,6 +51,8 @@ def pick_device(name: str) -> torch.device:
         )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":  # by its number, as threads that read images know nothing of this one's choice
+        return torch.device(name, torch.cuda.current_device())
     return torch.device(name)
 
 
@@ -142,7 +144,9 @@ def fit_checkpoint(
     """
     settings = plan.settings
     source = ImageSource(particles, before_batch)
-    store = build_store(checkpoint.engine, source, plan.preparation, settings["ctf"], scratch)
+    device = pick_device(settings["device"])
+    engine = checkpoint.engine.to(device)
+    store = build_store(engine, source, plan.preparation, settings["ctf"], scratch, device)
     report_unusable(particles, store)
     schedule = Schedule(
         epochs=settings["epochs"],
@@ -153,7 +157,7 @@ def fit_checkpoint(
         patience=settings["patience"],
         seed=settings["seed"],
     )
-    fit(checkpoint, store, schedule, pick_device(settings["device"]), on_epoch, before_batch)
+    fit(checkpoint, store, schedule, device, on_epoch, before_batch)
     return source.waited_s + store.waited_s
 
 
@@ -179,13 +183,14 @@ def average_classes(
     )
 
 
-def contrast_score(images: ImageSource, preparation: Preparation) -> float:
+def contrast_score(images: ImageSource, preparation: Preparation, device: torch.device = CPU) -> float:
     """Standard errors by which the middle of the particles is brighter than their background."""
     n_particles = len(images.particles)
     index = np.unique(np.linspace(0, n_particles - 1, min(n_particles, CONTRAST_PARTICLES)).astype(np.intp))
     middle = geometry.pixel_grid(preparation.box_px).norm(dim=-1) < 0.5 * preparation.mask_radius_px
-    chunks = prepared_images(images, index, preparation)
-    means = torch.cat([prepared[usable][:, middle].mean(1) for _, prepared, usable in chunks])
+    weight = (middle / middle.sum()).flatten().to(device)
+    chunks = prepared_images(images, index, preparation, device=device)
+    means = torch.cat([(prepared.flatten(1) @ weight)[usable] for _, prepared, usable in chunks])
     if len(means) < 2:
         return 0.0
     return float(means.mean() / (means.std() / len(means) ** 0.5).clamp_min(1e-12))

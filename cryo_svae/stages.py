@@ -91,7 +91,8 @@ def train(job: Job, particles: ParticleSet, plan: Plan) -> Checkpoint:
     job.write_config(plan.settings)
     for name, value in plan.settings.items():
         log.info("%-19s %s", name, value)
-    check_contrast(ImageSource(particles), plan.preparation)
+    device = pick_device(plan.settings["device"])
+    check_contrast(ImageSource(particles), plan.preparation, device)
     path = job.path(CHECKPOINT)
     if path.exists():
         checkpoint = load_checkpoint(path)
@@ -117,7 +118,7 @@ def train(job: Job, particles: ParticleSet, plan: Plan) -> Checkpoint:
                 row["seconds"],
             )
 
-    if trains_in_bfloat16(checkpoint.engine, pick_device(plan.settings["device"])):
+    if trains_in_bfloat16(checkpoint.engine, device):
         log.info("training multiplies matrices in bfloat16")
     with job.timed("training"), _naming_the_checkpoint(path):
         waited_s = fit_checkpoint(checkpoint, particles, plan, job.folder, on_epoch, job.before_batch)
@@ -137,9 +138,9 @@ def _naming_the_checkpoint(path: Path) -> Iterator[None]:
         raise TrainingError(f"{error}\n  The last good model, after epoch {epochs}, is {path}.") from error
 
 
-def check_contrast(images: ImageSource, preparation: Preparation) -> float:
+def check_contrast(images: ImageSource, preparation: Preparation, device: torch.device) -> float:
     """Mean of the particles' middle over its standard error; warns where the protein seems dark."""
-    score = contrast_score(images, preparation)
+    score = contrast_score(images, preparation, device)
     if score < -CONTRAST_SIGNIFICANCE:
         remedy = "use --no-invert" if preparation.invert else "add --invert"
         log.warning("the protein seems dark (%.0f standard errors): %s if so", score, remedy)
@@ -212,7 +213,7 @@ def write_estimates(
         use_ctf=checkpoint.use_ctf,
     )
     with job.timed("report"):
-        score = contrast_score(source, checkpoint.preparation)
+        score = contrast_score(source, checkpoint.preparation, device)
         page = gather(job, particles, checkpoint, found, settings, score, device)
         write_report(job.path("report.html"), page)
     log.info(
