@@ -143,7 +143,7 @@ def posed(engine: Engine, z: Tensor, psi_rad: Tensor, origin_px: Tensor) -> Tens
     real, imag = engine.generator(z).unbind(1)
     turned = torch.complex(real, imag) * phase
     samples = polar.shift(polar.samples(torch.stack([turned.real, turned.imag], 1)), -origin_px)
-    return polar.image(polar.pack(polar.spectra(samples)))
+    return engine.image_of(polar.pack(polar.spectra(samples)))
 
 
 # -- the molecule's images -------------------------------------------------------------------

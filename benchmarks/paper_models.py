@@ -125,7 +125,7 @@ def bounds(checkpoint: Checkpoint, store: TrainingStore, rows: Tensor, n_samples
     samples = []
     with torch.no_grad():
         for _ in range(n_samples):
-            terms = [engine.elbo(batch.to(device)) for batch in store.batches(rows, BATCH)]
+            terms = [engine.elbo(batch) for batch in store.batches(rows, BATCH, device)]
             samples.append(
                 [torch.cat([getattr(t, f.name) for t in terms]).cpu() for f in fields(ElboTerms)]
             )

@@ -83,7 +83,7 @@ def infer(checkpoint: Checkpoint, store: TrainingStore, index: Tensor) -> Poster
     engine = checkpoint.engine.eval()
     device = next(engine.parameters()).device
     with torch.no_grad():
-        found = [engine.infer(batch.to(device)).to("cpu") for batch in store.batches(index, 256)]
+        found = [engine.infer(batch).to("cpu") for batch in store.batches(index, 256, device)]
     return Posterior.cat(found)
 
 

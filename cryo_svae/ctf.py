@@ -16,8 +16,10 @@ import math
 from dataclasses import dataclass, fields
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+ASTIGMATIC_RAD = 0.2  # a phase that differs by less with direction is taken as round
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,14 @@ class CtfTable:
 
     def __getitem__(self, index: Int[Tensor, "b"] | slice) -> CtfTable:
         return CtfTable(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    @property
+    def astigmatic(self) -> Bool[Tensor, "n"]:
+        """Whether each changes too much with direction, at the Nyquist frequency, to be taken as round."""
+        half = (self.defocus_u_angst - self.defocus_v_angst).abs() / 2
+        wavelength = electron_wavelength_angst(self.voltage_kv)
+        differs: Tensor = math.pi * wavelength * half / (2.0 * self.pixel_size_angst) ** 2 > ASTIGMATIC_RAD
+        return differs
 
     def to(self, device: torch.device | str) -> CtfTable:
         """The same table on another device."""

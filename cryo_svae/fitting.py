@@ -152,7 +152,7 @@ def fit_checkpoint(
         epochs=settings["epochs"],
         batch_size=settings["batch_size"],
         learning_rate=settings["learning_rate"],
-        one_cycle=checkpoint.engine.training_defaults.schedule == "one-cycle",
+        one_cycle=engine.training_defaults.schedule == "one-cycle",
         held_out=settings["held_out"],
         patience=settings["patience"],
         seed=settings["seed"],

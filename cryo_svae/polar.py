@@ -20,6 +20,8 @@ then one of coefficients. Laws, with the pose convention of ``geometry``, I(p) =
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from jaxtyping import Complex, Float
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 
 KERNEL_WIDTH = 6  # grid cells; with 2x padding good to about 1e-5 of the largest value
 FFT_IMAGES_AT_ONCE = 64
+FFT_PIXELS_AT_ONCE_ON_GPU = 2**26  # of padded images: 1 GB with what becomes of them
 
 
 def fast_length(at_least: int) -> int:
@@ -118,7 +121,8 @@ class PolarTransform(nn.Module):
     box_px:        N.
     radius_px:     R, radius of the soft disc that images are multiplied by.
     max_shift_px:  largest shift later applied to samples; sets the angular oversampling.
-    n_rings:       rings 0 … n_rings - 1 alone, for images band-limited that far; by default all N/2.
+    n_rings:       rings 0 … n_rings - 1 alone, by default all N/2. A transform of fewer knows
+                   coefficients only: images go through the whole one.
 
     Attributes: ``n_rings``, ``n_orders`` (orders 0 … n_orders - 1), ``n_angles``,
     ``n_pairs`` P; buffers ``ring`` and ``order`` (P,) of each pair, ``mask`` (N, N) and
@@ -133,6 +137,9 @@ class PolarTransform(nn.Module):
     noise_dof: Tensor
     _halved: Tensor
     _doubled: Tensor
+    _in_ring: Tensor
+    _waves: Tensor
+    _fourier: Tensor
     _root_area: Tensor
     _interpolate: Tensor
     _deapodise: Tensor
@@ -157,7 +164,15 @@ class PolarTransform(nn.Module):
         area = ring_area(self.n_rings)
         both_signs = torch.where(torch.arange(self.n_angles // 2 + 1) > 0, math.sqrt(2.0), 1.0)
         mask = soft_disc(box_px, radius_px, max(2.0, 0.06 * box_px))
-        interpolate, deapodise = _gridding(box_px, self.n_rings, self.n_angles)
+        phi = 2.0 * math.pi / self.n_angles * torch.arange(self.n_angles // 2, dtype=torch.float64)
+        direction = torch.stack([torch.cos(phi), torch.sin(phi)])
+        waves = 2.0 * math.pi / box_px * rings[:, None] * direction[:, None]
+        m_phi = torch.arange(self.n_orders, dtype=torch.float64)[:, None] * phi
+        sign = 1.0 - 2.0 * (torch.arange(self.n_orders)[:, None] % 2)  # e^{-im(phi + pi)} over e^{-im phi}
+        planes = torch.cat([torch.cos(m_phi), -torch.sin(m_phi)])
+        scale = both_signs[: self.n_orders, None] / self.n_angles
+        fourier = torch.stack([planes, torch.cat([sign, sign]) * planes], -1).flatten(1)
+        fourier *= torch.cat([scale, scale])
         self.register_buffer("ring", ring, persistent=False)
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("place", ring * (self.n_angles // 2 + 1) + order, persistent=False)
@@ -166,9 +181,20 @@ class PolarTransform(nn.Module):
         self.register_buffer("noise_dof", (area * (mask.double() ** 2).mean()).float(), persistent=False)
         self.register_buffer("_halved", 1.0 / both_signs[order], persistent=False)
         self.register_buffer("_doubled", both_signs, persistent=False)
+        in_ring = (ring[:, None] == torch.arange(self.n_rings)).float()
+        self.register_buffer("_in_ring", in_ring, persistent=False)
+        self.register_buffer("_waves", waves.flatten(1).float(), persistent=False)
+        self.register_buffer("_fourier", fourier.float(), persistent=False)
         self.register_buffer("_root_area", area.sqrt().float(), persistent=False)
-        self.register_buffer("_interpolate", interpolate, persistent=False)
-        self.register_buffer("_deapodise", deapodise, persistent=False)
+        if n_rings is None:
+            interpolate, deapodise = _gridding(box_px, self.n_rings, self.n_angles)
+            self.register_buffer("_interpolate", interpolate, persistent=False)
+            self.register_buffer("_deapodise", deapodise, persistent=False)
+
+    def ring_sum(self, values: Float[Tensor, "*b p"]) -> Float[Tensor, "*b r"]:
+        """Sums of what belongs to each pair over the pairs of each ring, the same at every call."""
+        sums: Tensor = values @ self._in_ring
+        return sums
 
     def dense(self, packed: Float[Tensor, "*b 2 p"]) -> Complex[Tensor, "*b r f"]:
         """Packed coefficients as (..., n_rings, n_angles//2 + 1), zero beyond the band limit."""
@@ -202,7 +228,9 @@ class PolarTransform(nn.Module):
         """Packed angular coefficients of images inside the soft disc."""
         if len(images) == 0:  # FFT libraries refuse none
             return images.new_zeros(0, 2, self.n_pairs)
-        parts = images.split(FFT_IMAGES_AT_ONCE)
+        on_gpu = images.device.type == "cuda"
+        at_once = FFT_PIXELS_AT_ONCE_ON_GPU // (2 * self.box_px) ** 2 if on_gpu else FFT_IMAGES_AT_ONCE
+        parts = images.split(max(1, at_once))
         return torch.cat([self.pack(self.spectra(self._sample(part * self.mask))) for part in parts])
 
     def _sample(self, images: Float[Tensor, "b n n"]) -> Float[Tensor, "b r a"]:
@@ -232,12 +260,12 @@ class PolarTransform(nn.Module):
         images: Tensor = centred * self._deapodise / self.box_px * (self.mask > 0)
         return images
 
-    def shift_phase(self, shift_px: Float[Tensor, "*b 2"]) -> Float[Tensor, "*b r a"]:
-        """alpha(r, phi) = 2 pi k·shift/N of shifts (x, y) in pixels."""
-        phi = 2.0 * math.pi / self.n_angles * torch.arange(self.n_angles, device=shift_px.device)
-        radius = 2.0 * math.pi / self.box_px * torch.arange(self.n_rings, device=shift_px.device)
-        along = shift_px[..., 0, None] * torch.cos(phi) + shift_px[..., 1, None] * torch.sin(phi)
-        alpha: Tensor = radius[:, None] * along[..., None, :]
+    def shift_phase(self, shift_px: Float[Tensor, "*b 2"]) -> Float[Tensor, "*b r h"]:
+        """alpha(r, phi) = 2 pi k·shift/N of shifts (x, y) in pixels, at the angles of half a turn.
+
+        On the other half alpha has the other sign.
+        """
+        alpha: Tensor = (shift_px @ self._waves).unflatten(-1, (self.n_rings, self.n_angles // 2))
         return alpha
 
     def shift(
@@ -245,17 +273,66 @@ class PolarTransform(nn.Module):
     ) -> Float[Tensor, "b r a"]:
         """Samples of images whose content is moved by shifts (x, y) in pixels."""
         alpha = self.shift_phase(shift_px)
-        return samples * torch.cos(alpha) - samples.roll(self.n_angles // 2, -1) * torch.sin(alpha)
+        return _turned(samples, torch.cos(alpha), torch.sin(alpha))
 
     def shifted_spectra(
-        self, samples: Float[Tensor, "b r a"], shifts_px: Float[Tensor, "t 2"] | Float[Tensor, "b t 2"]
+        self,
+        samples: Float[Tensor, "b r a"],
+        shifts_px: Float[Tensor, "t 2"] | Float[Tensor, "b t 2"],
+        rounded: bool = False,
     ) -> Complex[Tensor, "b o t r"]:
-        """Coefficients of images moved by each of t shifts, the same for all or each its own."""
-        opposite = samples.roll(self.n_angles // 2, -1)
+        """Coefficients of images moved by each of t shifts, the same for all or each its own.
+
+        rounded: good to three digits on a GPU, which is then faster.
+        """
+        if samples.device.type == "cuda":
+            with tensor_float_32() if rounded else nullcontext():
+                return self._shifted_spectra_by_product(samples, shifts_px)
         shape = (len(samples), self.n_orders, shifts_px.shape[-2], self.n_rings)
         spectra = samples.new_empty(shape, dtype=torch.complex64)
-        for t, shift_px in enumerate(shifts_px.unbind(-2)):
-            alpha = self.shift_phase(shift_px)
-            moved = self.spectra(samples * torch.cos(alpha) - opposite * torch.sin(alpha))
-            spectra[:, :, t] = moved[..., : self.n_orders].mT
+        alpha = self.shift_phase(shifts_px)
+        scale = self._doubled[: self.n_orders, None]
+        for t in range(shape[2]):  # one at a time stays in the processor's cache
+            here = alpha[..., t, :, :]
+            moved = torch.fft.rfft(_turned(samples, torch.cos(here), torch.sin(here)), norm="forward")
+            torch.mul(moved[..., : self.n_orders].mT, scale, out=spectra[:, :, t])
         return spectra
+
+    def _shifted_spectra_by_product(
+        self, samples: Float[Tensor, "b r a"], shifts_px: Float[Tensor, "t 2"] | Float[Tensor, "b t 2"]
+    ) -> Complex[Tensor, "b o t r"]:
+        """The same by products of matrices: on a GPU Fourier transforms and transposed copies take longer.
+
+        With both halves of the turn as a complex number, a shift is a product by exp(i alpha).
+        """
+        here, opposite = samples.chunk(2, -1)
+        alpha = self.shift_phase(shifts_px)
+        phase = torch.polar(torch.ones_like(alpha), alpha)
+        moved = torch.complex(here, opposite)[:, None] * phase
+        columns = torch.view_as_real(moved).flatten(1, 2).flatten(2)
+        planes = torch.bmm(self._fourier.expand(len(samples), -1, -1), columns.mT)
+        real, imag = planes.unflatten(-1, (-1, self.n_rings)).chunk(2, 1)
+        return torch.complex(real, imag)
+
+
+@contextmanager
+def tensor_float_32() -> Iterator[None]:
+    """While this lasts a GPU multiplies float32 matrices with 10 bits of mantissa, several times as fast."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def _turned(
+    samples: Float[Tensor, "b r a"], cos: Float[Tensor, "*b r h"], sin: Float[Tensor, "*b r h"]
+) -> Float[Tensor, "b r a"]:
+    """Samples, both halves of the turn taken for a complex number, times cos + i sin."""
+    here, opposite = samples.chunk(2, -1)
+    turned = torch.empty_like(samples)
+    first, second = turned.chunk(2, -1)
+    torch.mul(here, cos, out=first).addcmul_(opposite, sin, value=-1.0)
+    torch.mul(opposite, cos, out=second).addcmul_(here, sin)
+    return turned

@@ -1,4 +1,6 @@
-"""Particles as an engine keeps them for training: in memory, or half-precision on disk when too many."""
+"""Particles as an engine keeps them for training: on the GPU in half precision where they fit, else in
+memory, or in half precision on disk when too many.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +27,9 @@ from cryo_svae.images import ImageSource
 from cryo_svae.models.engine import Batch, Engine
 from cryo_svae.preprocessing import Preparation, prepared_images, working_ctf
 
+CPU = torch.device("cpu")
 IN_MEMORY_BYTES = 2**30
+GPU_SHARE = 0.6  # of its free memory, for images; the rest is for the work on a batch
 OUTLIER = 10.0  # times the median of the images' mean squares: one pixel of 95 sd in 32 x 32
 
 
@@ -32,8 +37,8 @@ OUTLIER = 10.0  # times the median of the images' mean squares: one pixel of 95 
 class TrainingStore:
     """n usable particles, of which this process holds m: all, unless there are several.
 
-    image:    (m, …) what ``Engine.represent`` made of them.
-    ctf:      their CTF parameters on the working grid, or None.
+    image:    (m, …) what ``Engine.represent`` made of them, on the GPU or not.
+    ctf:      their CTF parameters on the working grid, on the CPU, or None.
     particle: (n,) the row of every usable particle in the particle set.
     first:    row among the n of the first one held.
     outlier:  (n,) True for images so bright that they are not trained on; None where none is.
@@ -62,8 +67,34 @@ class TrainingStore:
         """Rows held."""
         return slice(self.first, self.first + len(self.image))
 
-    def batch(self, index: Int[Tensor, "b"]) -> Batch:
-        """The rows ``index``, or those of them that are held, as a batch, in float32."""
+    @cached_property
+    def astigmatic(self) -> bool:
+        """Whether the CTF of any particle, of any process, changes with direction."""
+        if self.ctf is None:
+            return False
+        (n_astigmatic,) = distributed.totals(self.ctf.astigmatic.sum())
+        return bool(n_astigmatic > 0)
+
+    def fetch(self, row: Int[Tensor, "b"], device: torch.device) -> tuple[Tensor, ...]:
+        """What ``batch_of`` needs of rows held, on its way to the device: their numbers alone where the
+        images are there, else their images and CTF parameters too.
+        """
+        if self.image.device == device:
+            return (_sent(row, device),)
+        ctf = () if self.ctf is None else vars(self.ctf[row]).values()
+        return tuple(_sent(each, device) for each in (row, self.image[row], *ctf))
+
+    def batch_of(self, row: Int[Tensor, "b"], *fetched: Tensor) -> Batch:
+        """The batch, in float32, of what ``fetch`` gave. On a GPU nothing waits for it."""
+        if fetched:
+            image, *columns = fetched
+            ctf = CtfTable(**dict(zip(vars(self.ctf), columns, strict=True))) if columns else None
+        else:
+            image, ctf = self.image[row], None if self.ctf is None else self.ctf[row]
+        return Batch(row + self.first, image.float(), ctf, astigmatic=self.astigmatic)
+
+    def batch(self, index: Int[Tensor, "b"], device: torch.device) -> Batch:
+        """The rows ``index``, or those of them that are held, as a batch on the device, in float32."""
         share = None
         if len(self.image) < len(self):
             row = ((index >= self.own.start) & (index < self.own.stop)).nonzero()[:, 0]
@@ -72,16 +103,25 @@ class TrainingStore:
             if len(row) == 0:
                 share = Share(torch.zeros(1, dtype=torch.long), share.n_whole, n_own=0)
                 index = torch.tensor([self.first])
-        held = index - self.first
-        return Batch(index, self.image[held].float(), None if self.ctf is None else self.ctf[held], share)
+        batch = self.batch_of(*self.fetch(index - self.first, device))
+        return batch if share is None else replace(batch, share=share.to(device))
 
-    def batches(self, index: Int[Tensor, "m"], batch_size: int) -> Iterator[Batch]:
+    def batches(
+        self, index: Int[Tensor, "m"], batch_size: int, device: torch.device = CPU
+    ) -> Iterator[Batch]:
         """The rows ``index`` in order, ``batch_size`` at a time."""
         for start in range(0, len(index), batch_size):
             began = time.monotonic()
-            batch = self.batch(index[start : start + batch_size])
+            batch = self.batch(index[start : start + batch_size], device)
             self.waited_s += time.monotonic() - began
             yield batch
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """Values on their way to a device; only a copy from pinned memory is not waited for."""
+    if device.type == "cuda" and values.device.type == "cpu":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 def build_store(
@@ -90,7 +130,7 @@ def build_store(
     preparation: Preparation,
     use_ctf: bool,
     scratch: Path,
-    device: torch.device,
+    device: torch.device = CPU,
 ) -> TrainingStore:
     """Prepares and represents every particle of this process once; unusable ones are left out.
 
@@ -110,7 +150,7 @@ def build_store(
     for index, images, usable in prepared_images(source, own, preparation, device=device):
         kept = engine.represent(images[usable]).detach()
         if image is None:
-            image = _allocate((len(own), *kept.shape[1:]), scratch)
+            image = _allocate((len(own), *kept.shape[1:]), scratch, device)
         most = torch.finfo(image.dtype).max  # a hot pixel may be beyond half precision
         image[filled : filled + len(kept)] = kept.clamp(-most, most)
         rows.append(index[usable.cpu().numpy()])
@@ -134,7 +174,8 @@ def build_store(
         raise ValueError("a particle set holds one or more particles")
     ctf = None
     if use_ctf and particles.ctf is not None:
-        ctf = working_ctf(particles.ctf, preparation)[torch.from_numpy(np.concatenate(rows))]
+        usable_rows = torch.from_numpy(np.concatenate(rows))
+        ctf = working_ctf(particles.ctf, preparation)[usable_rows].to(image.device)
     first = int(n_held[: distributed.rank()].sum())
     particle = usable_of_all.nonzero()[:, 0]
     store = TrainingStore(image[:filled], ctf, particle.numpy(), first)
@@ -144,7 +185,9 @@ def build_store(
     return store
 
 
-def _allocate(shape: tuple[int, ...], scratch: Path) -> Tensor:
+def _allocate(shape: tuple[int, ...], scratch: Path, device: torch.device) -> Tensor:
+    if device.type == "cuda" and 2 * math.prod(shape) <= GPU_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return torch.empty(shape, dtype=torch.float16, device=device)
     if 4 * math.prod(shape) <= IN_MEMORY_BYTES:
         return torch.empty(shape)
     with tempfile.TemporaryFile(dir=scratch) as file:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -25,6 +26,7 @@ from cryo_svae.checkpoint import Checkpoint
 from cryo_svae.errors import TrainingError
 from cryo_svae.models.engine import Batch, ElboTerms, Engine
 from cryo_svae.pieces import Pieces
+from cryo_svae.recording import Recorded
 from cryo_svae.store import TrainingStore
 
 WARM_UP = 0.3  # share of the steps in which a one-cycle learning rate rises
@@ -86,15 +88,12 @@ def fit(
     engine = checkpoint.engine.to(device)
     rows = store.trainable
     train, held = (rows[part] for part in split_held_out(len(rows), schedule.held_out, schedule.seed))
-    pieces = Pieces()
     if checkpoint.epochs_done == 0:
         seed_everything(schedule.seed, -1)
-        engine.start((b.to(device) for b in store.batches(train, schedule.batch_size)), len(store))
+        engine.start(store.batches(train, schedule.batch_size, device), len(store))
         on_epoch(checkpoint)
-    bound = distributed.bound(engine)
-    optimizer = torch.optim.Adam(engine.parameters(), lr=schedule.learning_rate, fused=True)
-    if checkpoint.optimizer is not None:
-        optimizer.load_state_dict(checkpoint.optimizer)
+    optimizer = _adam(engine, checkpoint.optimizer, device)
+    steps = _Steps(engine, store, optimizer, device)
     steps_an_epoch = math.ceil(len(train) / schedule.batch_size)
     for epoch in range(checkpoint.epochs_done, schedule.epochs):
         if _is_stale(checkpoint.history, schedule.patience):
@@ -106,26 +105,20 @@ def fit(
         order = train[torch.randperm(len(train))]
         sums = torch.zeros(4, dtype=torch.float64, device=device)
         batches = tqdm(
-            store.batches(order, schedule.batch_size),
-            total=steps_an_epoch,
+            order.split(schedule.batch_size),
             desc=f"epoch {epoch + 1}/{schedule.epochs}",
             disable=not sys.stderr.isatty() or distributed.rank() > 0,
             leave=False,
         )
-        for number, batch in enumerate(batches):
+        for number, index in enumerate(batches):
             before_batch()
             distributed.stop_together()
             step = epoch * steps_an_epoch + number
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, schedule.epochs * steps_an_epoch, schedule)
-            optimizer.zero_grad(set_to_none=True)
-            share = batch.n_whole / distributed.world()  # gradients are averaged over the processes
-            work = partial(_backward, bound, engine=engine, device=device, n_particles=share)
-            sums += torch.stack(pieces.of(batch, work, undo=optimizer.zero_grad)).sum(0)
-            optimizer.step()
+            _set_learning_rate(optimizer, learning_rate(step, schedule.epochs * steps_an_epoch, schedule))
+            sums += steps.train(index)
         (sums,) = distributed.totals(sums)
         means = (sums / len(train)).tolist()
-        held_elbo = _held_out_elbo(engine, store, held, schedule, device, pieces)
+        held_elbo = _held_out_elbo(steps, held, schedule, device)
         if not all(map(math.isfinite, [*means, held_elbo if len(held) else 0.0])) or not _is_finite(engine):
             raise TrainingError(
                 f"epoch {epoch + 1}: the bound is not a number.\n"
@@ -140,17 +133,81 @@ def fit(
         on_epoch(checkpoint)
 
 
+def _adam(engine: Engine, state: dict[str, Any] | None, device: torch.device) -> torch.optim.Adam:
+    """Adam, from where it stood; on a GPU its learning rate and count of steps are there too."""
+    optimizer = torch.optim.Adam(engine.parameters(), fused=True)
+    if state is not None:
+        optimizer.load_state_dict(state)
+    on_gpu = device.type == "cuda"
+    for group in optimizer.param_groups:
+        group["capturable"] = on_gpu
+        group["lr"] = torch.zeros((), device=device) if on_gpu else 0.0
+    return optimizer
+
+
+def _set_learning_rate(optimizer: torch.optim.Adam, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+class _Steps:
+    """What is done to each batch, in training and to those held out; each recorded on a GPU."""
+
+    def __init__(
+        self, engine: Engine, store: TrainingStore, optimizer: torch.optim.Adam, device: torch.device
+    ) -> None:
+        self.engine, self._store, self._optimizer, self._device = engine, store, optimizer, device
+        self._bound = distributed.bound(engine)
+        self._pieces = Pieces()
+        self._recorded, self._recorded_held_out = (
+            Recorded(lambda *rows, work=work: work(store.batch_of(*rows)), device, distributed.world() == 1)
+            for work in (self._step, self._look)
+        )
+
+    def train(self, index: Int[Tensor, "b"]) -> Tensor:
+        """One step of the optimiser; sums of the bound and its parts (4,)."""
+        return self._do(self._recorded, self._step, index)
+
+    def held_out(self, index: Int[Tensor, "b"]) -> Tensor:
+        """Sum of the bound (1,), nothing learned."""
+        return self._do(self._recorded_held_out, self._look, index)
+
+    def _do(self, recorded: Recorded, work: Callable[[Batch], Tensor], index: Int[Tensor, "b"]) -> Tensor:
+        store, device = self._store, self._device
+        if distributed.world() > 1:
+            return work(store.batch(index, device))
+        if self._pieces.largest is not None:
+            recorded.give_up()
+        began = time.monotonic()
+        rows = store.fetch(index, device)
+        store.waited_s += time.monotonic() - began
+        return recorded(self.engine.stage, *rows)
+
+    def _step(self, batch: Batch) -> Tensor:
+        self._optimizer.zero_grad(set_to_none=True)
+        share = batch.n_whole / distributed.world()  # gradients are averaged over the processes
+        work = partial(_backward, self._bound, engine=self.engine, n_particles=share)
+        sums = torch.stack(self._pieces.of(batch, work, undo=self._optimizer.zero_grad)).sum(0)
+        self._optimizer.step()
+        return sums
+
+    def _look(self, batch: Batch) -> Tensor:
+        def bound(piece: Batch) -> Tensor:
+            return self.engine.elbo(piece).elbo[: piece.n_own].sum(dtype=torch.float64)
+
+        with torch.no_grad():
+            return torch.stack(self._pieces.of(batch, bound)).sum(0, keepdim=True)
+
+
 def _backward(
-    bound: Callable[[Batch], ElboTerms],
-    batch: Batch,
-    *,
-    engine: Engine,
-    device: torch.device,
-    n_particles: float,
+    bound: Callable[[Batch], ElboTerms], batch: Batch, *, engine: Engine, n_particles: float
 ) -> Tensor:
     """Adds the gradients of a piece of a batch of n; sums of its bound and the bound's parts."""
-    with _autocast(engine, device):
-        terms = bound(batch.to(device))
+    with _autocast(engine, batch.image.device):
+        terms = bound(batch)
     losses = engine.kl_weight * (terms.kl_z + terms.kl_pose) - terms.log_likelihood
     (losses[: batch.n_own].sum() / n_particles).backward()
     parts = torch.stack([terms.elbo, terms.log_likelihood, terms.kl_z, terms.kl_pose])
@@ -176,26 +233,16 @@ def _autocast(engine: Engine, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=able)
 
 
-def _held_out_elbo(
-    engine: Engine,
-    store: TrainingStore,
-    held: Tensor,
-    schedule: Schedule,
-    device: torch.device,
-    pieces: Pieces,
-) -> float:
+def _held_out_elbo(steps: _Steps, held: Tensor, schedule: Schedule, device: torch.device) -> float:
     """Mean bound of the particles kept out, NaN where there is none; the same draws every epoch."""
     if len(held) == 0:
         return math.nan
     seed_everything(schedule.seed, -1)
-    engine.eval()
-    with torch.no_grad():
-        bounds = [
-            bound
-            for batch in store.batches(held, schedule.batch_size)
-            for bound in pieces.of(batch, lambda piece: engine.elbo(piece.to(device)).elbo[: piece.n_own])
-        ]
-    (total,) = distributed.totals(torch.cat(bounds).sum(dtype=torch.float64))
+    steps.engine.eval()
+    total = torch.zeros(1, dtype=torch.float64, device=device)
+    for index in held.split(schedule.batch_size):
+        total += steps.held_out(index)
+    (total,) = distributed.totals(total)
     return float(total / len(held))
 
 

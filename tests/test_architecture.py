@@ -16,7 +16,7 @@ LAYERS = [
     {"config", "distributed", "geometry", "formats"},
     {"ctf", "polar", "interchange", "stacks"},
     {"particles", "models"},
-    {"images", "pieces", "simulate", "conversion"},
+    {"images", "pieces", "recording", "simulate", "conversion"},
     {"preprocessing"},
     {"store", "checkpoint"},
     {"training", "estimation"},

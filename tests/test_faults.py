@@ -186,12 +186,12 @@ def test_whenever_the_disk_gets_full_there_is_one_message_and_room_lets_the_job_
 
 def test_prepared_particles_that_find_no_room_are_told_of_beforehand(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "IN_MEMORY_BYTES", 0)
-    assert store._allocate((10, 16, 16), tmp_path).shape == (10, 16, 16)
+    assert store._allocate((10, 16, 16), tmp_path, store.CPU).shape == (10, 16, 16)
     with (
         small_disk(tmp_path / "disk", "64k") as disk,
         pytest.raises(OutputError, match=r"no room for 0\.0 GB of prepared particles"),
     ):
-        store._allocate((200, 16, 16), disk)
+        store._allocate((200, 16, 16), disk, store.CPU)
 
 
 def test_a_read_only_folder_is_one_message(make_dataset, tmp_path, capsys):

@@ -14,7 +14,7 @@ from cryo_svae.fitting import fit_checkpoint, new_checkpoint, plan_training
 from cryo_svae.formats.mrc import read_images, write_stack
 from cryo_svae.images import ImageSource
 from cryo_svae.particles import read_particles
-from cryo_svae.store import TrainingStore, build_store
+from cryo_svae.store import CPU, TrainingStore, build_store
 
 N = 40
 SETTINGS = {
@@ -52,7 +52,7 @@ def test_images_on_disk_are_those_in_memory_to_half_precision(star, tmp_path, mo
     assert on_disk.image.dtype == torch.float16
     assert not list((tmp_path / "scratch").iterdir())
     rows = torch.arange(N)
-    kept, exact = on_disk.batch(rows).image, in_memory.batch(rows).image
+    kept, exact = on_disk.batch(rows, CPU).image, in_memory.batch(rows, CPU).image
     assert kept.dtype == torch.float32
     assert kept.isfinite().all()
     usual = rows != 5

@@ -172,6 +172,11 @@ class CoordinateEngine(Engine):
         self.z_active = epoch >= self.config.z_delay
 
     @property
+    def stage(self) -> bool:
+        """Whether z is held at 0."""
+        return self.z_active
+
+    @property
     def may_idle(self) -> bool:
         """With no pose to tell, the encoder is idle while z is held at 0."""
         return self.config.z_delay > 0 and not (self.config.rotate or self.config.translate)

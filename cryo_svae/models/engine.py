@@ -21,7 +21,7 @@ from cryo_svae.ctf import CtfTable
 from cryo_svae.distributed import Share
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Hashable, Iterator
 
 
 def own_precision(like: Tensor) -> torch.autocast:
@@ -33,29 +33,32 @@ def own_precision(like: Tensor) -> torch.autocast:
 class Batch:
     """b particles as an engine sees them.
 
-    index: row of each particle in the training set (row of a per-particle table).
-    image: what ``Engine.represent`` made of the prepared images; float, first axis b.
-    ctf:   their CTF parameters, or None where the model has no CTF.
-    share: which rows of a batch of several processes these are; None where they are the whole batch.
+    index:      row of each particle in the training set (row of a per-particle table).
+    image:      what ``Engine.represent`` made of the prepared images; float, first axis b.
+    ctf:        their CTF parameters, or None where the model has no CTF.
+    share:      which rows of a batch of several processes these are; None where they are the whole batch.
+    astigmatic: whether the CTF of any may change with direction; None where that is to be looked up, for
+                which the processor would wait for a GPU.
     """
 
     index: Int[Tensor, "b"]
     image: Float[Tensor, "b ..."]
     ctf: CtfTable | None
     share: Share | None = None
+    astigmatic: bool | None = None
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, rows: Int[Tensor, "k"]) -> Batch:
         ctf = None if self.ctf is None else self.ctf[rows]
-        return Batch(self.index[rows], self.image[rows], ctf)
+        return Batch(self.index[rows], self.image[rows], ctf, astigmatic=self.astigmatic)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         ctf = None if self.ctf is None else self.ctf.to(device)
         share = None if self.share is None else self.share.to(device)
-        return Batch(self.index.to(device), self.image.to(device), ctf, share)
+        return Batch(self.index.to(device), self.image.to(device), ctf, share, self.astigmatic)
 
     @property
     def n_whole(self) -> int:
@@ -157,7 +160,8 @@ class Engine(nn.Module, ABC):
     Built as ``EngineClass(box_px, z_dim, config)``.
 
     largest_box_px: box beyond which images are Fourier-cropped unless the user says otherwise.
-    kl_weight:      weight of the KL terms in the training loss, set by ``begin_epoch``.
+    kl_weight:      weight of the KL terms in the training loss, set by ``begin_epoch``; of an engine that
+                    changes it a tensor, so that a step recorded once repeats with what it is now.
     tables:         names of buffers with a row for each training particle.
     """
 
@@ -167,7 +171,12 @@ class Engine(nn.Module, ABC):
     box_px: int
     z_dim: int
     config: Any
-    kl_weight: float
+    kl_weight: float | Tensor
+
+    @property
+    def stage(self) -> Hashable:
+        """What a step does differently from epoch to epoch, other than by the values of tensors."""
+        return None
 
     @property
     def may_idle(self) -> bool:

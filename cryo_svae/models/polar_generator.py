@@ -81,7 +81,7 @@ class PolarGenerator(nn.Module):
         self.order_power.lerp_(torch.where(is_generated, now, self.order_power), share)
 
     def prior_pull(
-        self, content: Float[Tensor, "b 2 p"], noise: Float[Tensor, "r"], price: float
+        self, content: Float[Tensor, "b 2 p"], noise: Float[Tensor, "r"], price: Float[Tensor, ""]
     ) -> Float[Tensor, "b 2 p"]:
         """Slope of minus the log prior of contents, of which ``price`` is to be paid."""
         power = self.order_power + LEAST_POWER * price
@@ -90,11 +90,14 @@ class PolarGenerator(nn.Module):
     def _by_order(
         self, power: Float[Tensor, "p"], noise: Float[Tensor, "r"]
     ) -> tuple[Float[Tensor, "o"], Bool[Tensor, "o"]]:
-        """Mean over the rings of power in units of the noise; and whether there is any ring."""
+        """Mean over the rings of power in units of the noise; and whether there is any ring.
+
+        Summed over a grid, not in order of arrival, so that a GPU repeats it to the bit.
+        """
         ring, order = self.ring[: len(power)], self.order[: len(power)]
-        zero = torch.zeros_like(self.order_power)
-        total = zero.index_add(0, order, power / noise[ring])
-        n_rings = zero.index_add(0, order, torch.ones_like(power))
+        grid = power.new_zeros(2, len(self.order_power), len(noise))
+        grid[:, order, ring] = torch.stack([power / noise[ring], torch.ones_like(power)])
+        total, n_rings = grid.sum(2)
         return total / n_rings.clamp(min=1.0), n_rings > 0
 
     def _last(self) -> tuple[Float[Tensor, "q h"], Float[Tensor, "q"]]:

@@ -53,7 +53,7 @@ class PosteriorSearch:
         n_each = max(1, PIECE // (n_poses * max(len(self.points), self.engine.z_dim)))
         turns = torch.zeros(len(batch), dtype=torch.bool)
         if batch.ctf is not None:  # apart, so that no particle's CTF is treated by its neighbours'
-            turns = self.engine.astigmatic(batch.ctf).cpu()
+            turns = batch.ctf.astigmatic.cpu()
         order = torch.cat([(~turns).nonzero()[:, 0], turns.nonzero()[:, 0]])
         pieces = [
             piece

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cryo_svae import distributed
 from cryo_svae.config import check, derived
-from cryo_svae.ctf import CtfTable, ctf_at, electron_wavelength_angst
+from cryo_svae.ctf import ctf_at
 from cryo_svae.models.engine import (
     Batch,
     ElboTerms,
@@ -39,7 +39,7 @@ KL_WARM_UP = 0.4  # share of the epochs in which the weight of the KL terms rise
 NARROWING = 0.5  # share of the epochs in which the origin search narrows
 MEMORY = 0.98  # of the running averages of the noise and shift variances, per batch
 FINEST_STEP_PX = 0.5  # of the origin search while training; the grid is jittered
-ASTIGMATIC_RAD = 0.2  # a CTF phase that differs by less with direction is taken as round
+TRIALS = 2.0  # radius of the grid of trial origins, in steps: 13 of them
 LEAST_SCALE = 0.1  # of the generator, over the data's rms; more makes rings without signal noisy
 FARTHEST_STEP = 1.0  # of a step of q's mean, standard deviations of the prior
 MOST_SNR = 10.0  # of a ring, in undoing the CTF for the encoder: its noise grows at most 1.7-fold
@@ -85,6 +85,8 @@ class SteerableEngine(Engine):
     mean_level:     of the training images, in units of the disc.
     noise_dof:      how many independent numbers white noise has on each ring (r,), the level taken off.
     known_z:        contents of some training particles (k, d), seen last.
+    search_step_px: spacing of the trial origins.
+    around:         trial origins (t, 2) in such steps.
     """
 
     training_defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
@@ -103,11 +105,13 @@ class SteerableEngine(Engine):
     signal_energy: Tensor
     origin_px: Tensor
     known_z: Tensor
+    kl_weight: Tensor
+    search_step_px: Tensor
+    around: Tensor
 
     def __init__(self, box_px: int, z_dim: int, config: SteerableConfig) -> None:
         super().__init__()
         self.box_px, self.z_dim, self.config = box_px, z_dim, config
-        self.kl_weight, self.search_step_px = 1.0, FINEST_STEP_PX
         self.mask_radius_px = min(config.mask_radius_px, box_px / 2)
         self.full = PolarTransform(box_px, self.mask_radius_px, config.max_shift_px)
         self.polar = self.full
@@ -127,6 +131,10 @@ class SteerableEngine(Engine):
         self.register_buffer("signal_energy", torch.tensor(1.0))
         self.register_buffer("origin_px", torch.zeros(0, 2))
         self.register_buffer("known_z", torch.randn(KNOWN, z_dim))
+        self.register_buffer("kl_weight", torch.tensor(1.0), persistent=False)
+        self.register_buffer("search_step_px", torch.tensor(FINEST_STEP_PX), persistent=False)
+        around = disc_of_points(TRIALS if config.max_shift_px > 0.0 else 0.0, self.origin_px.device)
+        self.register_buffer("around", around, persistent=False)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         table = state_dict.get(prefix + "origin_px")
@@ -152,7 +160,7 @@ class SteerableEngine(Engine):
             ctf, image = self._ctf(batch, polar).mean(-1)[own], self._seen(batch, polar)[own]
             level += self._levels(batch)[own].sum()
             plain += image.sum(0)
-            power += self._by_ring(image.square().sum((0, 1)))
+            power += self.polar.ring_sum(image.square().sum((0, 1)))
             passed += ctf.square().sum(0)
             through += ctf.sum(0)
             total += (image * ctf[:, None, ring]).sum(0)
@@ -162,7 +170,7 @@ class SteerableEngine(Engine):
         self.mean_level.copy_(level / n)
         # so far the images were summed without any level
         risen = self.mean_level * self.level
-        power = power + self._by_ring(2.0 * risen * plain[0] + n * risen.square())
+        power = power + self.polar.ring_sum(2.0 * risen * plain[0] + n * risen.square())
         total[0] += risen * through[ring]
         self.noise_variance.copy_((power / (n * self.noise_dof)).clamp(min=1e-6))
         # Before its CTF, content is as much larger as the CTF is small.
@@ -172,13 +180,13 @@ class SteerableEngine(Engine):
         # The mean over all turns shows each ring's signal free of noise; a learning step in
         # proportion to it, and not to the noise, keeps rings without signal quiet.
         signal = nn.functional.avg_pool1d(
-            self._by_ring(mean.square().sum(0))[None],
+            self.polar.ring_sum(mean.square().sum(0))[None],
             NEAR_RINGS,
             1,
             NEAR_RINGS // 2,
             count_include_pad=False,
         )[0]
-        power = power / (self._by_ring(2.0 - unturned) * passed)
+        power = power / (self.polar.ring_sum(2.0 - unturned) * passed)
         scale = torch.minimum(signal + LEAST_SCALE**2 * power, power).sqrt()[ring]
         self.generator.scale.copy_(torch.stack([scale, scale * (1.0 - unturned)]))
         self.generator.mean.copy_(mean)
@@ -188,11 +196,16 @@ class SteerableEngine(Engine):
 
     def begin_epoch(self, epoch: int, n_epochs: int) -> None:
         """KL weight, step of the origin search from the prior's width down to ``FINEST_STEP_PX``, rings."""
-        self.kl_weight = min(1.0, (epoch + 1) / (KL_WARM_UP * n_epochs))
+        self.kl_weight.fill_(min(1.0, (epoch + 1) / (KL_WARM_UP * n_epochs)))
         done = min(1.0, epoch / max(1.0, NARROWING * n_epochs))
         widest = max(FINEST_STEP_PX, self.config.max_shift_px / 2)
-        self.search_step_px = widest ** (1.0 - done) * FINEST_STEP_PX**done
+        self.search_step_px.fill_(widest ** (1.0 - done) * FINEST_STEP_PX**done)
         self._march()
+
+    @property
+    def stage(self) -> int:
+        """How many rings are looked at."""
+        return self.polar.n_rings
 
     def _march(self) -> None:
         """Looks ``MARGIN`` rings beyond the last whose signal a group of particles would show."""
@@ -280,7 +293,11 @@ class SteerableEngine(Engine):
 
     def decode(self, z: Float[Tensor, "k d"]) -> Float[Tensor, "k n n"]:
         """Generated images at pose zero, CTF-free, white particle, inside the soft disc."""
-        return self.polar.image(self.generator(z))
+        return self.image_of(self.generator(z))
+
+    def image_of(self, content: Float[Tensor, "k 2 p"]) -> Float[Tensor, "k n n"]:
+        """Images of the coefficients of the rings looked at."""
+        return self.full.image(nn.functional.pad(content, (0, self.full.n_pairs - content.shape[-1])))
 
     # -- what a batch looks like -------------------------------------------------------------
 
@@ -304,41 +321,28 @@ class SteerableEngine(Engine):
         image = batch.image[..., : polar.n_pairs].float()
         return torch.stack([image[:, 0] - excess, image[:, 1]], 1)
 
-    def _by_ring(self, values: Float[Tensor, "p"]) -> Float[Tensor, "r"]:
-        return torch.zeros_like(self.noise).index_add_(0, self.polar.ring, values)
-
     def _trial_origins(self, index: Int[Tensor, "b"]) -> tuple[Float[Tensor, "b 2"], Float[Tensor, "t 2"]]:
         """Where the particles are now, and jittered offsets around it."""
         device = self.origin_px.device
         if not self.shifts:
-            return torch.zeros(len(index), 2, device=device), torch.zeros(1, 2, device=device)
+            return torch.zeros(len(index), 2, device=device), self.around
         jitter = torch.rand(2, device=device) - 0.5
-        return self.origin_px[index], (disc_of_points(2.0, device) + jitter) * self.search_step_px
+        return self.origin_px[index], (self.around + jitter) * self.search_step_px
 
     def _ctf(self, batch: Batch, polar: PolarTransform) -> Float[Tensor, "b r a"]:
-        """CTF on the polar samples; one angle where it is round, and 1 without CTF."""
+        """CTF on the polar samples of half a turn; one angle where it is round, and 1 without CTF."""
         device = self.noise_variance.device
         table = batch.ctf
         if table is None:
             return torch.ones(len(batch), polar.n_rings, 1, device=device)
-        (n_astigmatic,) = batch.totals(self.astigmatic(table).sum())
-        if n_astigmatic == 0:
+        n_angles = polar.n_angles // 2
+        turns = bool(table.astigmatic.any()) if batch.astigmatic is None else batch.astigmatic
+        if not turns:
             mean = (table.defocus_u_angst + table.defocus_v_angst) / 2
             table, n_angles = replace(table, defocus_u_angst=mean, defocus_v_angst=mean), 1
-        else:
-            n_angles = polar.n_angles
         radius = torch.arange(polar.n_rings, device=device)[:, None] / self.box_px
-        phi = 2.0 * math.pi / n_angles * torch.arange(n_angles, device=device)
+        phi = math.pi / n_angles * torch.arange(n_angles, device=device)
         return ctf_at(table, torch.stack([radius * torch.cos(phi), radius * torch.sin(phi)], -1)).float()
-
-    @staticmethod
-    def astigmatic(table: CtfTable) -> Bool[Tensor, "b"]:
-        """Whether each CTF changes too much with direction to be taken as round."""
-        half = (table.defocus_u_angst - table.defocus_v_angst).abs() / 2
-        wavelength = electron_wavelength_angst(table.voltage_kv)
-        differs = math.pi * wavelength * half / (2.0 * table.pixel_size_angst) ** 2
-        turns: Tensor = differs > ASTIGMATIC_RAD
-        return turns
 
     def look(
         self,
@@ -365,9 +369,12 @@ class SteerableEngine(Engine):
             centred = images * by_variance[:, None, ring, 0]
             look = Look(polar, polar.by_order(centred)[:, :, None], power, n_psi)
             return look, centred * restore[:, None, ring, 0]
-        samples = polar.shift(polar.samples(images), here) * by_variance
-        restored = polar.pack(polar.spectra(samples * restore))
-        return Look(polar, polar.shifted_spectra(samples, offsets), power, n_psi), restored
+        samples = _both_halves(polar.shift(polar.samples(images), here), by_variance)
+        restored = polar.pack(polar.spectra(_both_halves(samples, restore)))
+        if power.shape[-1] > 1:
+            power = torch.cat([power, power], -1)
+        spectra = polar.shifted_spectra(samples, offsets, rounded=self.training)
+        return Look(polar, spectra, power, n_psi), restored
 
     def encode(self, restored: Float[Tensor, "b 2 p"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]]:
         """Mean and log standard deviation of q(z | image)."""
@@ -407,13 +414,13 @@ class SteerableEngine(Engine):
         explained = (2.0 * pose.aligned - pose.filtered) * content
         residual = self._seen(batch, self.polar).square() - explained * self.noise[self.polar.ring]
         power, content_power, energy, second = batch.totals(
-            self._by_ring(residual[own].sum((0, 1))),
+            self.polar.ring_sum(residual[own].sum((0, 1))),
             content[own].square().sum((0, 1)),
             (pose.filtered * content)[own].sum((1, 2)).sum(),
             (pose.probability.sum(-1) * origins.square().sum(-1))[own].sum(1).sum(),
         )
         dof = n * self.noise_dof[: self.polar.n_rings]
-        power, signal = power / dof, self._by_ring(content_power) / dof
+        power, signal = power / dof, self.polar.ring_sum(content_power) / dof
         self.noise.lerp_(power.clamp(min=1e-6), 1.0 - MEMORY)
         self.signal_power[: self.polar.n_rings].lerp_(signal, 1.0 - MEMORY)
         self.generator.learn_prior(content_power / n, self.noise, 1.0 - MEMORY)
@@ -440,3 +447,9 @@ class SteerableEngine(Engine):
             posterior = PosteriorSearch(self).posterior(batch)
         self.train(training)
         return posterior
+
+
+def _both_halves(samples: Float[Tensor, "b r a"], values: Float[Tensor, "b r h"]) -> Float[Tensor, "b r a"]:
+    """Samples times what repeats after half a turn, or is the same all around (h = 1)."""
+    product: Tensor = samples.unflatten(-1, (2, -1)) * values[:, :, None]
+    return product.flatten(-2)

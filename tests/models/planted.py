@@ -42,6 +42,6 @@ def planted_engine(
         generator.mean.copy_(rest)
         generator.scale.copy_((after - before) / 2.0)
         engine.mean_level.copy_(rest[0] @ engine.level / engine.level.square().sum())
-        engine.signal_power.copy_(engine._by_ring(rest.square().sum(0)) / engine.noise_dof)
+        engine.signal_power.copy_(engine.full.ring_sum(rest.square().sum(0)) / engine.noise_dof)
         engine.signal_energy.copy_(rest.square().sum())
     return engine.eval()

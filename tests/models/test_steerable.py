@@ -163,7 +163,9 @@ def test_white_noise_fills_the_rings_evenly():
     images = torch.randn(4000, BOX, BOX, generator=torch.Generator().manual_seed(3))
     engine = SteerableEngine(BOX, 1, SteerableConfig(max_shift_px=0.0))
     (batch,) = batches_of(engine, images, size=4000)
-    power = engine._by_ring(engine._seen(batch, engine.full).square().sum(1).mean(0)) / engine.noise_dof
+    power = (
+        engine.polar.ring_sum(engine._seen(batch, engine.full).square().sum(1).mean(0)) / engine.noise_dof
+    )
     assert (power[1:] - 1.0).abs().max() < 0.05
 
 
@@ -220,7 +222,7 @@ def test_a_round_ctf_stays_round_beside_an_astigmatic_one():
     engine = new_engine(made.images, ctf=made.ctf)
     stretched = replace(made.ctf, defocus_u_angst=made.ctf.defocus_u_angst.clone())
     stretched.defocus_u_angst[::2] += 20_000.0
-    assert engine.astigmatic(stretched).tolist() == [True, False] * 8
+    assert stretched.astigmatic.tolist() == [True, False] * 8
     batch = batches_of(engine, made.images, stretched)[0]
     whole = engine.infer(batch)
     for rows in (torch.arange(0, 16, 2), torch.arange(1, 16, 2)):
@@ -252,7 +254,7 @@ def test_posterior_matches_brute_force_in_image_space(hinge):
     engine.noise_variance.copy_(variance)
     psi = 2 * math.pi / look.n_psi * torch.arange(look.n_psi)
     one = torch.complex(content[0, 0], content[0, 1]) * torch.exp(1j * psi[:, None] * engine.polar.order)
-    references = engine.polar.image(torch.stack([one.real, one.imag], 1))
+    references = engine.image_of(torch.stack([one.real, one.imag], 1))
     data = engine.full.image(engine._seen(batch, engine.full))
     scores = torch.einsum("byx,pyx->bp", data, references) - 0.5 * references.square().sum((1, 2))
     brute = torch.softmax(scores, 1)
@@ -450,7 +452,7 @@ def test_it_looks_as_far_out_as_there_is_signal(hinge):
     beyond = engine.noise_variance[engine.polar.n_rings :]
     assert (beyond - 1.0).abs().max() < 0.1, "signal is left beyond the last ring"
     decoded = engine.decode(torch.zeros(1, 1))
-    power = engine._by_ring(engine.represent(clean)[..., : engine.polar.n_pairs].square().sum((0, 1)))
+    power = engine.polar.ring_sum(engine.represent(clean)[..., : engine.polar.n_pairs].square().sum((0, 1)))
     assert power[-1] < 0.01 * power.max()
     assert decoded.shape == (1, BOX, BOX)
 

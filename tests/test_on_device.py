@@ -1,0 +1,97 @@
+"""Every stage keeps to the device it is given and has no wait for it, shown with fake tensors on a CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorDeviceMismatchError
+
+from cryo_svae import training
+from cryo_svae.ctf import CtfTable
+from cryo_svae.models import ENGINES
+from cryo_svae.recording import Recorded
+from cryo_svae.store import TrainingStore
+from tests.on_device import GPU, fake_gpu
+
+BOX, N = 16, 12
+
+
+def table(n: int) -> CtfTable:
+    values = {
+        "pixel_size_angst": 3.0, "voltage_kv": 300.0, "cs_mm": 2.7, "amplitude_contrast": 0.1,
+        "defocus_u_angst": 16000.0, "defocus_v_angst": 14000.0, "defocus_angle_rad": 0.7,
+        "phase_shift_rad": 0.0,
+    }  # fmt: skip
+    return CtfTable(**{name: torch.full((n,), value) for name, value in values.items()})
+
+
+def made(name: str, *, ctf: bool, shift_px: float = 2.0) -> tuple:
+    """A real engine, started on real images, and its store; still on the CPU."""
+    changes = {"max_shift_px": shift_px} if name == "steerable" else {"hidden": 8, "encoder_hidden": 8}
+    engine = ENGINES[name][0](BOX, 2, dataclasses.replace(ENGINES[name][1](), **changes))
+    image = engine.represent(torch.randn(N, BOX, BOX))
+    store = TrainingStore(image, table(N) if ctf else None, np.arange(N))
+    engine.start(store.batches(torch.arange(N), 5), N)
+    engine.begin_epoch(3, 4)
+    return engine, store
+
+
+def moved(gpu, engine, store):
+    """The same, fake, on the GPU."""
+    assert store.astigmatic == (store.ctf is not None)
+    engine = gpu.of(engine)
+    for part in ("full", "polar"):
+        if hasattr(engine, part):
+            setattr(engine, part, gpu.of(getattr(engine, part)))
+    store.image, store.ctf = gpu.of(store.image), gpu.of(store.ctf)
+    return engine, store
+
+
+@pytest.fixture
+def unrecorded(monkeypatch):
+    """Work is done as it comes: to record it takes a GPU."""
+    monkeypatch.setattr(training, "Recorded", lambda work, device, able: Recorded(work, device, False))
+    # a CPU build says aloud that it has no autocast for CUDA
+    monkeypatch.setattr(training, "_autocast", lambda engine, device: torch.autocast("cpu", enabled=False))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("ctf", [False, True])
+@pytest.mark.parametrize("shift_px", [0.0, 2.0])
+def test_training_and_the_held_out_bound(unrecorded, name, ctf, shift_px):
+    engine, store = made(name, ctf=ctf, shift_px=shift_px)
+    with fake_gpu() as gpu:
+        engine, store = moved(gpu, engine, store)
+        optimizer = training._adam(engine, None, GPU)
+        optimizer.param_groups[0].update(fused=False, foreach=False)  # the fused one has no fake
+        training._set_learning_rate(optimizer, 1e-3)
+        steps = training._Steps(engine, store, optimizer, GPU)
+        rows = gpu.tensor(5, dtype=torch.long)
+        assert steps.train(rows).device == GPU
+        assert all(p.grad is not None or not p.requires_grad for p in engine.parameters())
+        engine.eval()
+        assert steps.held_out(rows).device == GPU
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_representation_and_decoding(name):
+    engine, store = made(name, ctf=False)
+    with fake_gpu() as gpu:
+        engine, _ = moved(gpu, engine, store)
+        assert engine.represent(gpu.tensor(3, BOX, BOX)).device == GPU
+        assert engine.decode(gpu.tensor(3, 2)).shape == (3, BOX, BOX)
+
+
+def test_a_wait_and_a_mixed_device_are_seen():
+    """What these tests rest on."""
+    with fake_gpu() as gpu:
+        values = gpu.tensor(4)
+        with pytest.raises(FakeTensorDeviceMismatchError):
+            values + torch.ones(4)
+        with pytest.raises(DynamicOutputShapeException):
+            values[values > 0]
+        with pytest.raises(Exception, match="_local_scalar_dense"):
+            bool(values.sum() > 0)
