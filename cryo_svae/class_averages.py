@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Complex, Float, Int, Shaped
+from jaxtyping import Bool, Complex, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -70,7 +70,7 @@ class ClassAverages:
         return frequency
 
 
-class _HalfPlane:
+class HalfPlane:
     """The P points of an N x N image's Fourier half plane (kx >= 0) within rings 0 … N/2 - 1.
 
     point:  (P, 2) as (kx, ky) in Fourier pixels.
@@ -122,7 +122,7 @@ def aligned_spectra(
     images: Float[Tensor, "b n n"],
     psi_rad: Float[Tensor, "b"],
     origin_px: Float[Tensor, "b 2"],
-    plane: _HalfPlane,
+    plane: HalfPlane,
 ) -> Complex[Tensor, "b p"]:
     """Fourier transforms of aligned particles at the points of a half plane, phase zero at N//2.
 
@@ -202,10 +202,11 @@ def class_averages(
     from the FRC F between the halves: SSNR = 2F/(1 - F) for their sum, F averaged over three
     rings, and nothing kept where that is below 0.143. Where there is no FRC, SSNR = 1.
     """
-    plane = _HalfPlane(preparation.box_px, device)
+    plane = HalfPlane(preparation.box_px, device)
     half = half_sets(source.particles, table.usable, class_number, seed)
     key = 2 * (class_number - 1) + half
-    signal, power = _sums(source, table, key, n_classes, preparation, use_ctf, plane)
+    sums = _sums(source, table, key, 2 * n_classes, preparation, use_ctf, plane)
+    signal, power = (each.view(n_classes, 2, -1) for each in (sums.signal, sums.power))
     numbers = class_number[table.usable] - 1
     in_half = np.bincount(2 * numbers + half[table.usable], minlength=2 * n_classes).reshape(n_classes, 2)
     counts = in_half.sum(1)
@@ -241,50 +242,85 @@ def class_averages(
     )
 
 
+@dataclass(frozen=True)
+class Members:
+    """Particles to be averaged, on the device that does it.
+
+    row:         (b,) of the sums, 2 class + half, counted from 0.
+    psi_rad, origin_px: (b,) and (b, 2) in working pixels, their poses.
+    ctf:         their CTF parameters, turned with them, or None.
+    """
+
+    row: Int[Tensor, "b"]
+    psi_rad: Float[Tensor, "b"]
+    origin_px: Float[Tensor, "b 2"]
+    ctf: CtfTable | None
+
+    def __getitem__(self, some: slice) -> Members:
+        ctf = None if self.ctf is None else self.ctf[some]
+        return Members(self.row[some], self.psi_rad[some], self.origin_px[some], ctf)
+
+
+class Sums:
+    """S (k, P) and D (k, P) of k classes and halves, in double precision, at the points of a half plane."""
+
+    def __init__(self, n_rows: int, plane: HalfPlane) -> None:
+        shape, device = (n_rows, len(plane.point)), plane.point.device
+        self.plane = plane
+        self.signal = torch.zeros(shape, dtype=torch.complex128, device=device)
+        self.power = torch.zeros(shape, dtype=torch.float64, device=device)
+
+    def add(self, images: Float[Tensor, "b n n"], usable: Bool[Tensor, "b"], members: Members) -> None:
+        """Adds prepared images; those not usable are zero, and have no part in D."""
+        plane = self.plane
+        spectrum = aligned_spectra(images, members.psi_rad, members.origin_px, plane)
+        transfer = usable.float()[:, None].expand(spectrum.shape)
+        if members.ctf is not None:
+            transfer = transfer * ctf_at(members.ctf, plane.point / plane.box_px)
+        for sums, values in ((self.signal, spectrum * transfer), (self.power, transfer.square())):
+            # unlike index_add_, always in the same order, on a GPU too
+            sums.index_put_((members.row,), values.to(sums.dtype), accumulate=True)
+
+
+def _members(
+    source: ImageSource,
+    table: EstimateTable,
+    key: NDArray[np.intp],
+    preparation: Preparation,
+    use_ctf: bool,
+    device: torch.device,
+) -> Members:
+    rows = torch.from_numpy(np.flatnonzero(table.usable))
+    psi = torch.from_numpy(geometry.radians(table.psi_deg)).float()[rows].to(device)
+    origin = torch.from_numpy(table.origin_angst / preparation.pixel_size_angst).float()[rows]
+    ctf = None
+    if use_ctf and source.particles.ctf is not None:
+        ctf = turned_ctf(working_ctf(source.particles.ctf, preparation)[rows].to(device), psi)
+    return Members(torch.from_numpy(key)[rows].to(device), psi, origin.to(device), ctf)
+
+
 def _sums(
     source: ImageSource,
     table: EstimateTable,
     key: NDArray[np.intp],
-    n_classes: int,
+    n_rows: int,
     preparation: Preparation,
     use_ctf: bool,
-    plane: _HalfPlane,
-) -> tuple[Complex[Tensor, "k 2 p"], Float[Tensor, "k 2 p"]]:
-    """S and D of each class and half; ``key`` (n,) is 2 class + half, counted from 0."""
-    device, box_px = plane.point.device, preparation.box_px
-    shape = (2 * n_classes, len(plane.point))
-    signal = torch.zeros(shape, dtype=torch.complex128, device=device)
-    power = torch.zeros(shape, dtype=torch.float64, device=device)
+    plane: HalfPlane,
+) -> Sums:
+    """Sums over the usable particles; ``key`` (n,) is 2 class + half, counted from 0."""
+    device = plane.point.device
+    members = _members(source, table, key, preparation, use_ctf, device)
+    sums = Sums(n_rows, plane)
+    batch_size = max(1, PIXELS_AT_ONCE[device.type] // (2 * plane.box_px) ** 2)
+    first = 0
     rows = np.flatnonzero(table.usable)
-    to = torch.from_numpy(key[rows]).to(device)
-    psi = torch.from_numpy(geometry.radians(table.psi_deg[rows])).float().to(device)
-    origin = torch.from_numpy(table.origin_angst[rows] / preparation.pixel_size_angst).float().to(device)
-    ctf = None
-    if use_ctf and source.particles.ctf is not None:
-        of_these = working_ctf(source.particles.ctf, preparation)[torch.from_numpy(rows)]
-        ctf = turned_ctf(of_these.to(device), psi)
-    batch_size = max(1, PIXELS_AT_ONCE[device.type] // (2 * box_px) ** 2)
-    done = 0
     for _, images, usable in prepared_images(source, rows, preparation, device=device):
         for image, counts in zip(images.split(batch_size), usable.split(batch_size), strict=True):
-            these = slice(done, done + len(image))
-            spectrum = aligned_spectra(image, psi[these], origin[these], plane)
-            # what is not usable after all is zero, and has no part in D
-            transfer = counts.float()[:, None].expand_as(spectrum)
-            if ctf is not None:
-                transfer = transfer * ctf_at(ctf[these], plane.point / box_px)
-            add_to_rows(signal, to[these], spectrum * transfer)
-            add_to_rows(power, to[these], transfer.square())
-            done = these.stop
-    return signal.view(n_classes, 2, -1), power.view(n_classes, 2, -1)
-
-
-def add_to_rows(sums: Shaped[Tensor, "k p"], row: Int[Tensor, "b"], values: Shaped[Tensor, "b p"]) -> None:
-    """Adds values to the rows of sums in double precision, always in the same order.
-
-    index_add_ would do so in any order on a GPU.
-    """
-    sums.index_put_((row,), values.to(sums.dtype), accumulate=True)
+            last = first + len(image)
+            sums.add(image, counts, members[first:last])
+            first = last
+    return sums
 
 
 def turned_ctf(ctf: CtfTable, psi_rad: Float[Tensor, "b"]) -> CtfTable:
@@ -310,7 +346,7 @@ def _inverse_ssnr(frc: Float[Tensor, "k r"]) -> Float[Tensor, "k r"]:
 
 def ring_correlation(a: Float[Tensor, "k n n"], b: Float[Tensor, "k n n"]) -> Float[Tensor, "k r"]:
     """FRC of rings 0 … n/2 - 1 (rounded radii); 0 where an image has nothing in a ring."""
-    plane = _HalfPlane(a.shape[-1], a.device)
+    plane = HalfPlane(a.shape[-1], a.device)
     first, second = plane.spectrum(a.double()), plane.spectrum(b.double())
     cross = plane.ring_sum((first * second.conj()).real)
     norm = (plane.ring_sum(first.abs() ** 2) * plane.ring_sum(second.abs() ** 2)).sqrt()

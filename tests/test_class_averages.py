@@ -12,7 +12,9 @@ import torch
 from cryo_svae import geometry
 from cryo_svae.class_averages import (
     ClassAverages,
-    add_to_rows,
+    HalfPlane,
+    Members,
+    Sums,
     aligned_spectra,
     class_averages,
     crossing_ring,
@@ -20,7 +22,6 @@ from cryo_svae.class_averages import (
     ring_correlation,
     turned_ctf,
 )
-from cryo_svae.class_averages import _HalfPlane as HalfPlane
 from cryo_svae.ctf import ctf_2d, ctf_at
 from cryo_svae.estimation import EstimateTable
 from cryo_svae.formats.mrc import read_images, write_stack
@@ -217,10 +218,30 @@ def test_images_that_are_no_longer_usable_have_no_part_in_an_average(tmp_path):
 
 
 def test_sums_are_in_double_precision_and_of_repeats_too():
-    sums = torch.zeros(3, 2, dtype=torch.complex128)
-    values = torch.tensor([[1.0, 2.0j], [1e-9, 0.0], [5.0, 1.0]], dtype=torch.complex64)
-    add_to_rows(sums, torch.tensor([2, 2, 0]), values)
-    assert sums.tolist() == [[5, 1], [0, 0], [1 + float(values[1, 0].real), 2j]]
+    """Batches of any size and with many particles of a class give what adding one after the other does."""
+    generator = torch.Generator().manual_seed(2)
+    images, row = torch.randn(40, 16, 16, generator=generator), torch.arange(40) // 3 % 3
+    members = Members(
+        row, torch.rand(40, generator=generator), torch.rand(40, 2, generator=generator), None
+    )
+    usable, plane = torch.ones(40, dtype=torch.bool), HalfPlane(16, CPU)
+    at_once, singly = Sums(4, plane), Sums(4, plane)
+    at_once.add(images, usable, members)
+    for k in range(40):
+        singly.add(images[k : k + 1], usable[k : k + 1], members[k : k + 1])
+    torch.testing.assert_close(at_once.signal, singly.signal, rtol=1e-5, atol=1e-5)
+    assert at_once.power[:, 0].tolist() == singly.power[:, 0].tolist() == [15, 13, 12, 0]
+    many = Sums(1, plane)
+    many.signal += 2.0**30  # of which float32 would not tell the rest
+    many.add(images[:1], usable[:1], Members(row[:1], members.psi_rad[:1], members.origin_px[:1], None))
+    torch.testing.assert_close(
+        many.signal[0] - 2.0**30, singly_one(images[0], members, plane), atol=1e-5, rtol=0
+    )
+
+
+def singly_one(image: torch.Tensor, members: Members, plane: HalfPlane) -> torch.Tensor:
+    one = aligned_spectra(image[None], members.psi_rad[:1], members.origin_px[:1], plane)
+    return one[0].to(torch.complex128)
 
 
 def test_empty_and_tiny_classes_give_finite_images_and_no_resolution(tmp_path):
