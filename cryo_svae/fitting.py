@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,17 +137,20 @@ def fit_checkpoint(
     scratch: Path,
     on_epoch: Callable[[Checkpoint], None],
     before_batch: Callable[[], None] = lambda: None,
-) -> float:
+    timed: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
+) -> dict[str, float]:
     """Trains a model from where its checkpoint stands; ``scratch`` takes what exceeds the memory.
 
-    Returns the seconds in which it waited for images: of the disk before the first epoch, then in batches.
-    What ``before_batch`` raises ends reading and training.
+    Its two parts, "preparing" and "training", are each done within ``timed`` of that name; returns the
+    seconds in which either waited for images, of the disk and in batches. What ``before_batch`` raises
+    ends both.
     """
     settings = plan.settings
     source = ImageSource(particles, before_batch)
     device = pick_device(settings["device"])
     engine = checkpoint.engine.to(device)
-    store = build_store(engine, source, plan.preparation, settings["ctf"], scratch, device)
+    with timed("preparing"):
+        store = build_store(engine, source, plan.preparation, settings["ctf"], scratch, device)
     report_unusable(particles, store)
     schedule = Schedule(
         epochs=settings["epochs"],
@@ -157,8 +161,9 @@ def fit_checkpoint(
         patience=settings["patience"],
         seed=settings["seed"],
     )
-    fit(checkpoint, store, schedule, device, on_epoch, before_batch)
-    return source.waited_s + store.waited_s
+    with timed("training"):
+        fit(checkpoint, store, schedule, device, on_epoch, before_batch)
+    return {"preparing": source.waited_s, "training": store.waited_s}
 
 
 def average_classes(
