@@ -15,7 +15,7 @@ from cryo_svae.checkpoint import Checkpoint
 from cryo_svae.images import ImageSource
 from cryo_svae.models.engine import Batch, Posterior
 from cryo_svae.pieces import Pieces
-from cryo_svae.preprocessing import CHUNK, prepared_images, working_ctf
+from cryo_svae.preprocessing import chunk_size, prepared_images, working_ctf
 
 Reals = NDArray[np.float64]
 
@@ -86,13 +86,14 @@ def estimate(
     # written in place: small results kept between large temporaries would hold the heap in pieces
     table = empty_table(n_particles, engine.z_dim)
     pieces = Pieces()
-    own = np.arange(n_particles)[distributed.block(n_particles, CHUNK)]
-    chunks = prepared_images(source, own, checkpoint.preparation, CHUNK)
+    block = distributed.block(n_particles, chunk_size(checkpoint.preparation))
+    own = np.arange(n_particles)[block]
+    chunks = prepared_images(source, own, checkpoint.preparation, device=device)
     hidden = not sys.stderr.isatty() or distributed.rank() > 0
     progress = tqdm(total=len(own), desc="estimate", disable=hidden, leave=False)
     with torch.no_grad(), progress:
         for index, images, usable in chunks:
-            kept = index[usable.numpy()]
+            kept = index[usable.cpu().numpy()]
             represented = engine.represent(images[usable])
             for start in range(0, len(kept), batch_size):
                 row = torch.from_numpy(kept[start : start + batch_size])
@@ -103,5 +104,5 @@ def estimate(
             progress.update(len(index))
     for field in fields(table):
         values = torch.from_numpy(getattr(table, field.name))
-        distributed.unite(values, distributed.block(n_particles, CHUNK))
+        distributed.unite(values, block)
     return table
