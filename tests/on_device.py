@@ -126,12 +126,11 @@ class FakeGpu:
 def fake_gpu() -> Iterator[FakeGpu]:
     """While this lasts every new tensor is fake, and ``cuda`` is a device to put it on."""
     _stand_in_for_cuda()
+    card = SimpleNamespace(total_memory=MEMORY)
     with (
         FakeTensorMode(),
         mock.patch.object(Tensor, "backward", _backward),
         mock.patch.object(torch.autograd, "grad", _grad),
-        mock.patch.object(
-            torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=MEMORY)
-        ),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=card),
     ):
         yield FakeGpu()
