@@ -70,7 +70,7 @@ class Size:
 
     @property
     def bytes(self) -> float:
-        """Of a step: 12 passes over units in bfloat16; over weights 9 in float32 (7 are Adam's), 4 in half."""
+        """Of a step: 12 passes over units in bfloat16; over weights 9 in float32 (Adam: 7), 4 in half."""
         width = -(-self.hidden // 64) * 64
         weights = self.encoder_weights + self.hidden**2
         return 12.0 * 2.0 * self.rows * width + weights * (9 * 4.0 + 4 * 2.0)

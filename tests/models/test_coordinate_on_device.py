@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from cryo_svae.models import ENGINES
+from cryo_svae import distributed
+from cryo_svae.models import ENGINES, coordinate_generator
 from cryo_svae.models.coordinate import CoordinateConfig, CoordinateEngine
 from cryo_svae.models.engine import Batch
 from tests.on_device import GPU, fake_gpu
@@ -66,6 +68,36 @@ def test_a_step_with_turned_input(pose_candidates, augment_rotation, ctf):
 @pytest.mark.parametrize("ctf", [False, True])
 def test_a_step_with_other_options(name, changes, ctf):
     check_a_step(made(name, **changes), batch(ctf, changes.get("channels", 1)))
+
+
+@pytest.mark.parametrize("pixels", PIXELS)
+def test_a_start_waits_once_however_many_batches(name, pixels, monkeypatch):
+    engine, data = made(name, pixels=pixels), batch(ctf=False)
+    totals = []
+
+    def waited_for(sums: torch.Tensor) -> tuple[torch.Tensor]:
+        assert sums.device == GPU
+        totals.append(sums)
+        return (SimpleNamespace(tolist=lambda: [4.0, 2.0, 2.0, 0.0]),)
+
+    monkeypatch.setattr(distributed, "totals", waited_for)
+    with fake_gpu() as gpu:
+        engine, data = gpu.of(engine), gpu.of(data)
+        engine.start(iter([data, data]), 2 * N)
+    assert len(totals) == 1
+
+
+def launched(layout: object, kernel: object, *tensors: torch.Tensor, **constants: object) -> None:
+    """In place of a launch: everything is on the GPU, in one piece."""
+    assert all(each.device == GPU and each.is_contiguous() for each in tensors)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_a_step_by_kernels(monkeypatch, layers):
+    coordinate_gpu = pytest.importorskip("cryo_svae.models.coordinate_gpu")
+    monkeypatch.setattr(coordinate_generator, "gpu_kernels", lambda device: coordinate_gpu)
+    monkeypatch.setattr(coordinate_gpu.Layout, "launch", launched)
+    check_a_step(made("coordinate", layers=layers, pose_candidates=2), batch(ctf=True))
 
 
 @pytest.mark.parametrize("ctf", [False, True])
