@@ -98,7 +98,7 @@ def ring_area(n_rings: int) -> Float[Tensor, "r"]:
     = sum of r f + f/12 - f''/240 + f''''/6048 at r = 0, the derivatives from f(0), f(1) and f(2).
     """
     radius = torch.arange(n_rings, dtype=torch.float64)
-    radius[:3] += torch.tensor([0.0947421, -0.0124339, 0.0010251], dtype=torch.float64)
+    radius[:3] += torch.tensor([0.0947421, -0.0124339, 0.0010251], dtype=torch.float64)[:n_rings]
     return 2.0 * math.pi * radius
 
 
