@@ -24,6 +24,7 @@ from typing import Any
 import h5py
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,7 +47,7 @@ from cryo_svae.recording import Recorded
 from cryo_svae.simulate import view_rotation
 from cryo_svae.store import TrainingStore
 
-GPU, CPU = torch.device("cuda"), torch.device("cpu")
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 Z_DIM, SHIFT_PX = 8, 4.0
 BATCHES = {64: (128, 1024, 2048), 128: (128, 512, 2048), 256: (128, 512)}
 VIEWS = ("view", "expand", "slice", "select", "unsqueeze", "permute", "transpose", "t.", "detach", "alias")
@@ -375,7 +376,11 @@ def job_rows(source: Path | None, n_particles: int) -> None:
         record = json.loads((job / "run.json").read_text())
         show(f"job, {n_particles} x 128 px", seconds=total, **record["seconds"])
         print((job / "epochs.tsv").read_text(), flush=True)
-        print("\n".join((job / "config.yaml").read_text().splitlines()[:40]), flush=True)
+        settings = yaml.safe_load((job / "config.yaml").read_text())
+        show(
+            "job, settings",
+            **{k: settings[k] for k in ("epochs", "batch_size", "learning_rate", "classes")},
+        )
         with h5py.File(job / "latents.h5") as file:
             rows = slice(0, None, max(1, n_particles // 8000))
             z, z_std, psi = (file[k][rows] for k in ("z", "z_std", "psi_deg"))
@@ -387,7 +392,9 @@ def job_rows(source: Path | None, n_particles: int) -> None:
         some = np.arange(min(n_particles, 40_000))
         began = time.perf_counter()
         with torch.no_grad():
-            for _, images, _ in prepared_images(ImageSource(particles), some, checkpoint.preparation, GPU):
+            for _, images, _ in prepared_images(
+                ImageSource(particles), some, checkpoint.preparation, device=GPU
+            ):
                 engine.represent(images)
         torch.cuda.synchronize()
         show("preparation 128 px", images_s=round(len(some) / (time.perf_counter() - began)))
@@ -412,7 +419,7 @@ def main() -> None:
         "check": lambda: check(arguments.source),
         "training": lambda: training_rows(card),
         "estimation": lambda: estimation_rows(card),
-        "coordinate": lambda: coordinate_gpu.show_rows(card.bytes_a_s, card.operations_a_s),
+        "coordinate": lambda: coordinate_gpu.show(coordinate_gpu.rows()),
         "job": lambda: job_rows(arguments.source, arguments.particles),
         "batches": lambda: batch_rows(arguments.source),
     }
