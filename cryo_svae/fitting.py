@@ -29,6 +29,7 @@ from cryo_svae.errors import InputError, TrainingError
 from cryo_svae.estimation import EstimateTable
 from cryo_svae.images import ImageSource
 from cryo_svae.models import CONFIG_CLASSES, ENGINES
+from cryo_svae.models.engine import TrainingDefaults
 from cryo_svae.particles import ParticleSet
 from cryo_svae.preprocessing import CPU, Preparation, plan_preparation, prepared_images
 from cryo_svae.store import OUTLIER, TrainingStore, build_store
@@ -86,15 +87,21 @@ def plan_training(settings: Mapping[str, Any], particles: ParticleSet, source: s
             remedy="leave --ctf out, or estimate the CTF first.",
         )
     defaults = engine_class.training_defaults
+    epochs, batch_size = of_training.epochs, of_training.batch_size
+    if epochs is None:
+        epochs = defaults.epochs_for(len(particles))
+    if batch_size is None:
+        device = pick_device(of_compute.device)
+        batch_size = _batch_size(defaults, epochs * len(particles), preparation.box_px, device)
     found = {
         "box": preparation.box_px,
         "invert": preparation.invert,
         "mask_diameter": preparation.mask_diameter_angst,
         "ctf": particles.ctf is not None,
         "max_shift": MAX_SHIFT_SHARE_OF_BOX * preparation.box_px * pixel_size_angst,
-        "epochs": defaults.epochs_for(len(particles)),
-        "batch_size": defaults.batch_size,
-        "learning_rate": defaults.learning_rate,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": defaults.learning_rate_for(batch_size),
         "classes": averages.default_classes(len(particles)),
     }
     engine_config = config.build(config_class, settings, source)
@@ -117,6 +124,13 @@ def plan_training(settings: Mapping[str, Any], particles: ParticleSet, source: s
     )
     others = {name: value for name, value in settings.items() if name not in resolved}
     return Plan({**others, **resolved}, engine_config, preparation)
+
+
+def _batch_size(defaults: TrainingDefaults, n_images: int, box_px: int, device: torch.device) -> int:
+    if device.type != "cuda":
+        return defaults.batch_size
+    memory_bytes = torch.cuda.get_device_properties(device).total_memory
+    return defaults.batch_on_gpu(n_images, box_px, memory_bytes)
 
 
 def new_checkpoint(plan: Plan) -> Checkpoint:

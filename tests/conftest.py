@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -26,6 +27,9 @@ SHAPED = (
 install_import_hook([f"cryo_svae.{name}" for name in SHAPED], "beartype.beartype")
 
 import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels for a GPU run on numpy; read when Triton is imported
 
 from cryo_svae.formats.mrc import write_stack  # noqa: E402
 from cryo_svae.formats.star import write_tables  # noqa: E402

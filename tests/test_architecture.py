@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "cryo_svae"
 LAYERS = [
     {"errors"},
     {"config", "distributed", "geometry", "formats"},
-    {"ctf", "polar", "interchange", "stacks"},
+    {"ctf", "kernels", "polar", "interchange", "stacks"},
     {"particles", "models"},
     {"images", "pieces", "recording", "simulate", "conversion"},
     {"preprocessing"},

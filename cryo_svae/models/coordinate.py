@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cryo_svae import distributed, geometry
 from cryo_svae.config import check, derived, option
-from cryo_svae.ctf import CtfTable, ctf_2d
+from cryo_svae.ctf import ctf_2d
 from cryo_svae.errors import InputError
 from cryo_svae.models.coordinate_generator import CoordinateGenerator, mlp
 from cryo_svae.models.divergences import kl_normal, kl_normal_free_mean
@@ -82,6 +82,14 @@ class Latents(NamedTuple):
     origin_log_std: Float[Tensor, "b 2"]
 
 
+class _Seen(NamedTuple):
+    """Images, the same with phases flipped where their CTF is negative, and the CTF where there is one."""
+
+    image: Float[Tensor, "b c n n"]
+    flipped: Float[Tensor, "b c n n"]
+    ctf: Float[Tensor, "b n half"] | None
+
+
 def _sample(batch: Batch, mean: Tensor, log_std: Tensor) -> Tensor:
     return mean + torch.exp(log_std) * batch.draw(torch.randn, mean)
 
@@ -95,7 +103,13 @@ class CoordinateEngine(Engine):
     """
 
     training_defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
-        epochs=(20, 200), images=500_000, batch_size=100, learning_rate=1e-4, schedule="constant"
+        epochs=(20, 200),
+        images=500_000,
+        batch_size=100,
+        learning_rate=1e-4,
+        schedule="constant",
+        largest_batch=100,  # the paper's
+        batch_bytes=8000,
     )
     largest_box_px: ClassVar[int] = 64
 
@@ -147,23 +161,22 @@ class CoordinateEngine(Engine):
 
     def start(self, batches: Iterator[Batch], n_particles: int) -> None:
         """Starts the learned standard deviation at the data's; checks Bernoulli data."""
-        count, total, squares = 0, 0.0, 0.0
+        sums = self.coordinates_px.new_zeros(4, dtype=torch.float64)
         for batch in batches:
-            data = self._inside(batch.image)[: batch.n_own]
-            if self.config.pixels == "bernoulli" and (data.min() < 0 or data.max() > 1):
-                raise InputError(
-                    "--pixels",
-                    found="bernoulli, for images with values outside 0 to 1",
-                    expected="images between 0 and 1",
-                    remedy="use --pixels gaussian for cryo-EM images.",
-                )
-            count += data.numel()
-            total += float(data.sum(dtype=torch.float64))
-            squares += float((data.double() ** 2).sum())
-        sums = torch.tensor([count, total, squares], dtype=torch.float64)
-        count, total, squares = distributed.totals(sums)[0].tolist()
+            data = self._inside(batch.image)[: batch.n_own].double()
+            outside = ((data < 0) | (data > 1)).sum(dtype=torch.float64)
+            count = torch.full_like(outside, data.numel())
+            sums += torch.stack([count, data.sum(), (data**2).sum(), outside])
+        n, total, squares, n_outside = distributed.totals(sums)[0].tolist()  # the one wait for a GPU
+        if self.config.pixels == "bernoulli" and n_outside > 0:
+            raise InputError(
+                "--pixels",
+                found="bernoulli, for images with values outside 0 to 1",
+                expected="images between 0 and 1",
+                remedy="use --pixels gaussian for cryo-EM images.",
+            )
         if self.config.pixels == "gaussian":
-            variance = squares / count - (total / count) ** 2
+            variance = squares / n - (total / n) ** 2
             with torch.no_grad():
                 self.pixels.log_std.fill_(0.5 * math.log(max(variance, 1e-12)))
 
@@ -186,23 +199,34 @@ class CoordinateEngine(Engine):
         """The layers of every pixel are most of the work, where they are of some size."""
         return bool(self.config.hidden >= FEWEST_FOR_BFLOAT16)
 
+    @property
+    def _is_whole(self) -> bool:
+        return len(self.inside) == self.box_px**2
+
     def _inside(self, images: Float[Tensor, "b c n n"]) -> Float[Tensor, "b p c"]:
-        return images.flatten(2)[:, :, self.inside].mT
+        flat = images.flatten(2)
+        return (flat if self._is_whole else flat.index_select(2, self.inside)).mT
 
     def _image(self, pixels: Float[Tensor, "b p c"]) -> Float[Tensor, "b c n n"]:
-        images = pixels.new_zeros(len(pixels), pixels.shape[-1], self.box_px**2)
-        images[:, :, self.inside] = pixels.mT
-        return images.reshape(len(pixels), -1, self.box_px, self.box_px)
+        flat = pixels.mT
+        if not self._is_whole:
+            flat = flat.new_zeros(*flat.shape[:2], self.box_px**2).index_copy(2, self.inside, flat)
+        return flat.reshape(len(pixels), -1, self.box_px, self.box_px)
 
     def _filter(self, images: Float[Tensor, "b c n n"], ctf: Float[Tensor, "b n half"]) -> Tensor:
         box = (self.box_px, self.box_px)
         filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(images) * ctf[:, None], s=box)
         return filtered
 
-    def encode(self, images: Float[Tensor, "b c n n"], ctf: CtfTable | None) -> Latents:
-        """What the inference network says of images; their phases are flipped where the CTF is negative."""
-        if ctf is not None:
-            images = self._filter(images, torch.sign(ctf_2d(ctf, self.box_px)))
+    def _seen(self, batch: Batch) -> _Seen:
+        """A batch with its CTF, which is worked out once however often it is used."""
+        if batch.ctf is None:
+            return _Seen(batch.image, batch.image, None)
+        ctf = ctf_2d(batch.ctf, self.box_px)
+        return _Seen(batch.image, self._filter(batch.image, torch.sign(ctf)), ctf)
+
+    def encode(self, images: Float[Tensor, "b c n n"]) -> Latents:
+        """What the inference network says of images, whose phases are flipped where the CTF is negative."""
         means, log_stds = self.encoder(self._inside(images).flatten(1)).chunk(2, -1)
         scale = self.config.shift_std_px
         return Latents(
@@ -215,37 +239,34 @@ class CoordinateEngine(Engine):
         )
 
     def _expected(
-        self, z: Tensor, psi_rad: Tensor, origin_px: Tensor, ctf: CtfTable | None
+        self, z: Tensor, psi_rad: Tensor, origin_px: Tensor, ctf: Float[Tensor, "b n half"] | None
     ) -> tuple[Tensor, Tensor]:
         """Mean (b, p, c) and log standard deviation of the pixels within the mask."""
         mean, log_std = self.pixels.split(self.generate(z, psi_rad, origin_px))
         if ctf is not None:
-            mean = self._inside(self._filter(self._image(mean), ctf_2d(ctf, self.box_px)))
+            mean = self._inside(self._filter(self._image(mean), ctf))
         return mean, log_std
 
-    def _log_likelihood(self, batch: Batch, z: Tensor, psi_rad: Tensor, origin_px: Tensor) -> Tensor:
-        mean, log_std = self._expected(z, psi_rad, origin_px, batch.ctf)
-        return self.pixels.log_prob(mean, log_std, self._inside(batch.image)).sum((1, 2))
+    def _log_likelihood(self, seen: _Seen, z: Tensor, psi_rad: Tensor, origin_px: Tensor) -> Tensor:
+        mean, log_std = self._expected(z, psi_rad, origin_px, seen.ctf)
+        return self.pixels.log_prob(mean, log_std, self._inside(seen.image)).sum((1, 2))
 
-    def _encode_turned(self, batch: Batch, turn: Float[Tensor, "b"] | None) -> Latents:
+    def _encode_turned(self, images: Float[Tensor, "b c n n"], turn: Float[Tensor, "b"] | None) -> Latents:
         """The encoder's word on images turned by ``turn`` (rad), the turn taken off its pose.
 
         I'(p) = I(R(turn) p), so what the encoder sees has psi' = psi + turn and o' = R(-turn) o. A
         spread that differs in x and y is not turned along.
         """
         if turn is None:
-            return self.encode(batch.image, batch.ctf)
-        images = batch.image
-        if batch.ctf is not None:
-            images = self._filter(images, torch.sign(ctf_2d(batch.ctf, self.box_px)))
+            return self.encode(images)
         flat = images.flatten(0, 1)
         every = turn.repeat_interleave(images.shape[1], 0)
         turned = geometry.pose_references(flat, every, flat.new_zeros(len(flat), 2))
-        latents = self.encode(turned.reshape(images.shape), None)
+        latents = self.encode(turned.reshape(images.shape))
         origin = (geometry.rotation_matrix(turn) @ latents.origin[..., None])[..., 0]
         return latents._replace(psi=latents.psi - turn[:, None], origin=origin)
 
-    def _turn(self, batch: Batch) -> Float[Tensor, "b"] | None:
+    def _turn(self, batch: Batch, seen: _Seen) -> Float[Tensor, "b"] | None:
         """How to turn the encoder's input, None for not at all.
 
         A random angle while training; then that of the candidate turns, evenly spaced from there,
@@ -266,10 +287,10 @@ class CoordinateEngine(Engine):
             scores = []
             for turn in turns:
                 with own_precision(batch.image):
-                    latents = self._encode_turned(batch, turn)
+                    latents = self._encode_turned(seen.flipped, turn)
                 z = latents.z if self.z_active else torch.zeros_like(latents.z)
                 origin = latents.origin if config.translate else torch.zeros_like(latents.origin)
-                scores.append(self._log_likelihood(batch, z, latents.psi[:, 0], origin))
+                scores.append(self._log_likelihood(seen, z, latents.psi[:, 0], origin))
             best = torch.stack(scores).argmax(0)
         return torch.stack(turns).gather(0, best[None])[0]
 
@@ -298,9 +319,10 @@ class CoordinateEngine(Engine):
 
     def elbo(self, batch: Batch) -> ElboTerms:
         """The paper's bound, one posterior sample a particle."""
-        turn = self._turn(batch)
+        seen = self._seen(batch)
+        turn = self._turn(batch, seen)
         with own_precision(batch.image):
-            latents = self._encode_turned(batch, turn)
+            latents = self._encode_turned(seen.flipped, turn)
         psi = _sample(batch, latents.psi, latents.psi_log_std)
         origin = _sample(batch, latents.origin, latents.origin_log_std)
         z = _sample(batch, latents.z, latents.z_log_std)
@@ -311,7 +333,7 @@ class CoordinateEngine(Engine):
             psi = torch.zeros_like(psi)
         if not self.config.translate:
             origin = torch.zeros_like(origin)
-        log_likelihood = self._log_likelihood(batch, z, psi[:, 0], origin)
+        log_likelihood = self._log_likelihood(seen, z, psi[:, 0], origin)
         return ElboTerms(log_likelihood, kl_z, self._kl_pose(latents))
 
     def infer(self, batch: Batch) -> Posterior:
@@ -319,15 +341,16 @@ class CoordinateEngine(Engine):
 
         figure_of_merit is the correlation of the image with its reconstruction, negative ones 0.
         """
-        latents = self._encode_turned(batch, self._turn(batch))
+        seen = self._seen(batch)
+        latents = self._encode_turned(seen.flipped, self._turn(batch, seen))
         psi, psi_std = latents.psi[:, 0], torch.exp(latents.psi_log_std[:, 0])
         origin, origin_std = latents.origin, torch.exp(latents.origin_log_std).mean(1)
         if not self.config.rotate:
             psi, psi_std = torch.zeros_like(psi), torch.zeros_like(psi_std)
         if not self.config.translate:
             origin, origin_std = torch.zeros_like(origin), torch.zeros_like(origin_std)
-        mean, log_std = self._expected(latents.z, psi, origin, batch.ctf)
-        data = self._inside(batch.image)
+        mean, log_std = self._expected(latents.z, psi, origin, seen.ctf)
+        data = self._inside(seen.image)
         bound = (
             self.pixels.log_prob(mean, log_std, data).sum((1, 2))
             - kl_normal(latents.z, latents.z_log_std, 1.0)

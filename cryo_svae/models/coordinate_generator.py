@@ -2,13 +2,17 @@
 
 Nearly all of that engine's work is here, an MLP evaluated at every pixel of every image. It goes through
 a few images at a time, forwards and backwards, in memory that is used over and over, so that what a layer
-makes is still in the cache when the next one reads it.
+makes is still in the cache when the next one reads it. On a GPU it goes by kernels of its own instead.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import itertools
+import logging
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +20,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cryo_svae.models.engine import own_precision
+
+log = logging.getLogger(__name__)
 
 UNITS_AT_A_TIME = 2**20  # of a hidden layer
 
@@ -149,6 +155,24 @@ class _EveryPixel(torch.autograd.Function):
         return of_points.view(n, p, 2), of_z, None, *others
 
 
+@functools.cache
+def gpu_kernels(device: torch.device) -> ModuleType | None:
+    """The module of kernels for a GPU; None elsewhere, and where Triton cannot make them.
+
+    They are tried once, for Triton also needs a C compiler; a warning says what went wrong.
+    """
+    if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return None
+    from cryo_svae.models import coordinate_gpu
+
+    try:
+        coordinate_gpu.try_out(device)
+    except Exception as problem:  # whatever a compiler and a driver may raise
+        log.warning("the coordinate engine goes without kernels of its own, so it is slower: %s", problem)
+        return None
+    return coordinate_gpu
+
+
 class CoordinateGenerator(nn.Module):
     """(x, y, z) to a pixel's distribution; the first layer is split so that z costs once an image.
 
@@ -167,15 +191,19 @@ class CoordinateGenerator(nn.Module):
         self, coordinates: Float[Tensor, "b p 2"], z: Float[Tensor, "b d"]
     ) -> Float[Tensor, "b p out"]:
         """Outputs at coordinates in [-1, 1]."""
-        kind, n_images = z.device.type, len(z)
+        kind, n_images, keep = z.device.type, len(z), torch.is_grad_enabled()
         lower = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else z.dtype
         if kind == "cpu":
             n_images = max(1, UNITS_AT_A_TIME // (coordinates.shape[1] * self.of_z.out_features))
-        way = _Way(self.activation, lower, n_images, torch.is_grad_enabled())
         layers = [self.of_coordinates, *(m for m in self.rest if isinstance(m, nn.Linear))]
         parameters = itertools.chain(*((layer.weight, layer.bias) for layer in layers))
+        kernels = gpu_kernels(z.device) if z.dtype == torch.float32 else None
         with own_precision(z):
-            output: Tensor = _EveryPixel.apply(  # type: ignore[no-untyped-call]
-                coordinates, self.of_z(z), way, *parameters
-            )
+            of_z = self.of_z(z)
+            if kernels is not None:
+                relu = self.activation is ACTIVATIONS["relu"]
+                output: Tensor = kernels.every_pixel(coordinates, of_z, relu, lower, keep, *parameters)
+            else:
+                way = _Way(self.activation, lower, n_images, keep)
+                output = _EveryPixel.apply(coordinates, of_z, way, *parameters)  # type: ignore[no-untyped-call]
         return output

@@ -115,7 +115,7 @@ def test_the_encoders_turned_input_is_undone_before_decoding(monkeypatch):
     truth_psi, truth_origin = torch.tensor([0.4]), torch.tensor([[1.0, -0.5]])
     seen = []
 
-    def perfect(images, ctf):
+    def perfect(images):
         turn = turns[-1]
         origin = (geometry.rotation_matrix(-turn) @ truth_origin[..., None])[..., 0]
         seen.append(images)
@@ -185,7 +185,7 @@ def test_with_a_ctf_the_expected_image_is_the_decoded_one_filtered():
     ctf = table(1)
     z, zero = torch.randn(1, 2), torch.zeros(1, 2)
     with torch.no_grad():
-        mean, _ = model._expected(z, zero[:, 0], zero, ctf)
+        mean, _ = model._expected(z, zero[:, 0], zero, ctf_2d(ctf, BOX))
         expected = torch.fft.irfft2(torch.fft.rfft2(model.decode(z)) * ctf_2d(ctf, BOX), s=(BOX, BOX))
     torch.testing.assert_close(model._image(mean)[:, 0], expected, atol=1e-5, rtol=1e-4)
 
@@ -212,7 +212,9 @@ def test_the_bound_is_below_the_evidence_by_importance_sampling():
         z, psi = torch.randn(n, 1), math.pi * torch.randn(n)
         origin = config.shift_std_px * torch.randn(n, 2)
         many = Batch(torch.arange(n), data.image.expand(n, -1, -1, -1), None)
-        evidence = torch.logsumexp(model._log_likelihood(many, z, psi, origin), 0) - math.log(n)
+        evidence = torch.logsumexp(model._log_likelihood(model._seen(many), z, psi, origin), 0) - math.log(
+            n
+        )
         bound = torch.stack([model.elbo(data).elbo for _ in range(200)]).mean()
     assert float(bound) < float(evidence) + 0.05
 
