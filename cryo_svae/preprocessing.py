@@ -216,14 +216,17 @@ def _prepare_particles(
         here = here[np.argsort(particles.stack_of[index[here]], kind="stable")]  # a stack after the other
         n_at_once = max(1, PIXELS_AT_ONCE[device.type] // int(kind[0]) ** 2)
         for rows in np.split(here, range(n_at_once, len(here), n_at_once)):
-            read = torch.from_numpy(source.read(index[rows]))
+            read = _sent(source.read(index[rows]), device)
             place = run_of(rows)
-            images[place], usable[place] = prepare(_moved(read, device), float(kind[1]), preparation)
+            images[place], usable[place] = prepare(read, float(kind[1]), preparation)
     return images, usable
 
 
-def _moved(pixels: Num[Tensor, "b n n"], device: torch.device) -> Num[Tensor, "b n n"]:
+def _sent(pixels: NDArray[np.generic], device: torch.device) -> Num[Tensor, "b n n"]:
     """Images on a device; on their way to a GPU nobody waits for them."""
+    images = torch.from_numpy(pixels)
     if device.type == "cuda":
-        return pixels.pin_memory().to(device, non_blocking=True)
-    return pixels
+        pinned = torch.empty_like(images, pin_memory=True)
+        pinned.numpy()[:] = pixels  # torch would take a team of threads for each reader to copy them
+        images = pinned.to(device, non_blocking=True)
+    return images
