@@ -108,16 +108,16 @@ MUTANTS = [
     ),
     Mutant(
         "sign of the KL of theta",
-        "models/divergences.py",
-        "return kl_normal(torch.zeros_like(log_std), log_std, prior_std)",
-        "return -kl_normal(torch.zeros_like(log_std), log_std, prior_std)",
+        "models/coordinate.py",
+        "pose = psi + origin.sum(-1)",
+        "pose = origin.sum(-1) - psi",
         ("tests/models/test_coordinate.py",),
     ),
     Mutant(
         "KL of theta left out of the bound",
         "models/coordinate.py",
-        "                kl = kl + kl_normal(latents.psi, log_std, prior_std)\n",
-        "                kl = kl + 0.0 * kl_normal(latents.psi, log_std, prior_std)\n",
+        "pose = psi + origin.sum(-1)",
+        "pose = 0.0 * psi + origin.sum(-1)",
         (EVIDENCE,),
     ),
     Mutant(
