@@ -8,6 +8,8 @@ at a time, C units of each (C is a power of 2). Sums over pixels are a row for e
 import triton
 import triton.language as tl
 
+SIZES = ("n_pixels", "parts", "n_rows", "h")  # one making for all of them
+
 
 @triton.jit
 def _activated(x, RELU: tl.constexpr):
@@ -31,7 +33,7 @@ def _rows(n_pixels, parts, n_rows, step, R: tl.constexpr):
     return ((program // parts) * n_pixels + pixel).to(tl.int64), own
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def first(
     points, weight, of_z, bias, units, n_pixels, parts, n_rows, h, width,
     RELU: tl.constexpr, ACTIVATE: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
@@ -55,7 +57,7 @@ def first(
         tl.store(place, made.to(units.dtype.element_ty), own[:, None] & (unit < width)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def activate(
     units, bias, n_pixels, parts, n_rows, h, width, RELU: tl.constexpr, R: tl.constexpr, C: tl.constexpr
 ):
@@ -70,7 +72,7 @@ def activate(
         tl.store(place, made.to(units.dtype.element_ty), here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def last(
     units, bias, weight, bias_out, output, n_pixels, parts, n_rows, h, width,
     N_OUT: tl.constexpr, RELU: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
@@ -88,7 +90,7 @@ def last(
             tl.store(output + row * N_OUT + k, tl.sum(value * w, 1) + tl.load(bias_out + k), own)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def last_backward(
     gradient, units, bias, weight, made, of_bias, of_weight, n_pixels, parts, n_rows, h, width,
     N_OUT: tl.constexpr, RELU: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
@@ -119,7 +121,7 @@ def last_backward(
             tl.store(of_bias + program * h + unit, tl.sum(sum_of_bias, 0), unit < h)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def slope(
     gradient, units, of_bias, n_pixels, parts, n_rows, h, width,
     RELU: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
@@ -138,7 +140,7 @@ def slope(
     tl.store(of_bias + tl.program_id(0) * h + unit, tl.sum(total, 0), unit < h)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def first_backward(
     gradient, units, points, weight, of_points, of_z, of_weight, n_pixels, parts, n_rows, h, width,
     RELU: tl.constexpr, ACTIVATED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
