@@ -1,14 +1,14 @@
 """Kernels of the coordinate engine on a GPU (see ``models.coordinate_gpu``), in Triton.
 
 Units are rows of ``width``, of which ``h`` are real; all arithmetic is in float32, whatever they are stored
-in. Program k goes through part ``k % parts`` of image ``k // parts``, which is ``n_rows`` of its pixels, R
+in. Program k goes through part ``k % parts`` of image ``k // parts``, which is ``N_ROWS`` of its pixels, R
 at a time, C units of each (C is a power of 2). Sums over pixels are a row for each program.
 """
 
 import triton
 import triton.language as tl
 
-SIZES = ("n_pixels", "parts", "n_rows", "h")  # one making for all of them
+SIZES = ("n_pixels", "parts", "h")  # one making for all of them
 
 
 @triton.jit
@@ -25,18 +25,18 @@ def _slope(y, RELU: tl.constexpr):
 
 
 @triton.jit
-def _rows(n_pixels, parts, n_rows, step, R: tl.constexpr):
+def _rows(n_pixels, parts, step, N_ROWS: tl.constexpr, R: tl.constexpr):
     """Rows of a step of this program, and which of them are its own."""
     program = tl.program_id(0)
-    pixel = (program % parts) * n_rows + step + tl.arange(0, R)
-    own = (pixel < n_pixels) & (pixel < (program % parts + 1) * n_rows)
+    pixel = (program % parts) * N_ROWS + step + tl.arange(0, R)
+    own = (pixel < n_pixels) & (pixel < (program % parts + 1) * N_ROWS)
     return ((program // parts) * n_pixels + pixel).to(tl.int64), own
 
 
 @triton.jit(do_not_specialize=SIZES)
 def first(
-    points, weight, of_z, bias, units, n_pixels, parts, n_rows, h, width,
-    RELU: tl.constexpr, ACTIVATE: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    points, weight, of_z, bias, units, n_pixels, parts, h, width,
+    RELU: tl.constexpr, ACTIVATE: tl.constexpr, N_ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """First layer of points (pixels, 2), with z's part (images, h); a bias only if it is activated."""
     unit = tl.arange(0, C)
@@ -46,8 +46,8 @@ def first(
     of_image = tl.load(of_z + image * h + unit, unit < h, 0.0)[None, :]
     if ACTIVATE:
         of_image += tl.load(bias + unit, unit < h, 0.0)[None, :]
-    for step in range(0, n_rows, R):
-        row, own = _rows(n_pixels, parts, n_rows, step, R)
+    for step in range(0, N_ROWS, R):
+        row, own = _rows(n_pixels, parts, step, N_ROWS, R)
         x = tl.load(points + 2 * row, own, 0.0)[:, None]
         y = tl.load(points + 2 * row + 1, own, 0.0)[:, None]
         made = x * wx + y * wy + of_image
@@ -59,13 +59,14 @@ def first(
 
 @triton.jit(do_not_specialize=SIZES)
 def activate(
-    units, bias, n_pixels, parts, n_rows, h, width, RELU: tl.constexpr, R: tl.constexpr, C: tl.constexpr
-):
+    units, bias, n_pixels, parts, h, width,
+    RELU: tl.constexpr, N_ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
     """Adds a bias to units and activates them, in place."""
     unit = tl.arange(0, C)
     added = tl.load(bias + unit, unit < h, 0.0)[None, :]
-    for step in range(0, n_rows, R):
-        row, own = _rows(n_pixels, parts, n_rows, step, R)
+    for step in range(0, N_ROWS, R):
+        row, own = _rows(n_pixels, parts, step, N_ROWS, R)
         place = units + row[:, None] * width + unit[None, :]
         here = own[:, None] & (unit < width)[None, :]
         made = _activated(tl.load(place, here, 0.0).to(tl.float32) + added, RELU)
@@ -74,14 +75,14 @@ def activate(
 
 @triton.jit(do_not_specialize=SIZES)
 def last(
-    units, bias, weight, bias_out, output, n_pixels, parts, n_rows, h, width,
-    N_OUT: tl.constexpr, RELU: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    units, bias, weight, bias_out, output, n_pixels, parts, h, width,
+    N_OUT: tl.constexpr, RELU: tl.constexpr, N_ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Outputs (pixels, N_OUT) of units before bias and activation."""
     unit = tl.arange(0, C)
     added = tl.load(bias + unit, unit < h, 0.0)[None, :]
-    for step in range(0, n_rows, R):
-        row, own = _rows(n_pixels, parts, n_rows, step, R)
+    for step in range(0, N_ROWS, R):
+        row, own = _rows(n_pixels, parts, step, N_ROWS, R)
         here = own[:, None] & (unit < width)[None, :]
         before = tl.load(units + row[:, None] * width + unit[None, :], here, 0.0).to(tl.float32)
         value = _activated(before + added, RELU)
@@ -92,8 +93,8 @@ def last(
 
 @triton.jit(do_not_specialize=SIZES)
 def last_backward(
-    gradient, units, bias, weight, made, of_bias, of_weight, n_pixels, parts, n_rows, h, width,
-    N_OUT: tl.constexpr, RELU: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    gradient, units, bias, weight, made, of_bias, of_weight, n_pixels, parts, h, width,
+    N_OUT: tl.constexpr, RELU: tl.constexpr, N_ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Gradient ``made`` of those units, of the outputs'; sums for the bias and the weight (N_OUT, h)."""
     program = tl.program_id(0)
@@ -102,8 +103,8 @@ def last_backward(
     for k in tl.static_range(N_OUT):  # a sum a time: more would not fit the registers
         sum_of_weight = tl.zeros((R, C), tl.float32)
         sum_of_bias = tl.zeros((R, C), tl.float32)
-        for step in range(0, n_rows, R):
-            row, own = _rows(n_pixels, parts, n_rows, step, R)
+        for step in range(0, N_ROWS, R):
+            row, own = _rows(n_pixels, parts, step, N_ROWS, R)
             place = row[:, None] * width + unit[None, :]
             here = own[:, None] & (unit < width)[None, :]
             value = _activated(tl.load(units + place, here, 0.0).to(tl.float32) + added, RELU)
@@ -123,14 +124,14 @@ def last_backward(
 
 @triton.jit(do_not_specialize=SIZES)
 def slope(
-    gradient, units, of_bias, n_pixels, parts, n_rows, h, width,
-    RELU: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    gradient, units, of_bias, n_pixels, parts, h, width,
+    RELU: tl.constexpr, N_ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Gradient of activated units to that of the units before, in place; sums for the bias."""
     unit = tl.arange(0, C)
     total = tl.zeros((R, C), tl.float32)
-    for step in range(0, n_rows, R):
-        row, own = _rows(n_pixels, parts, n_rows, step, R)
+    for step in range(0, N_ROWS, R):
+        row, own = _rows(n_pixels, parts, step, N_ROWS, R)
         place = row[:, None] * width + unit[None, :]
         here = own[:, None] & (unit < width)[None, :]
         slope = _slope(tl.load(units + place, here, 0.0).to(tl.float32), RELU)
@@ -142,8 +143,8 @@ def slope(
 
 @triton.jit(do_not_specialize=SIZES)
 def first_backward(
-    gradient, units, points, weight, of_points, of_z, of_weight, n_pixels, parts, n_rows, h, width,
-    RELU: tl.constexpr, ACTIVATED: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    gradient, units, points, weight, of_points, of_z, of_weight, n_pixels, parts, h, width,
+    RELU: tl.constexpr, ACTIVATED: tl.constexpr, N_ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Gradient of points (pixels, 2); sums for z's part and the weight (h, 2)."""
     program = tl.program_id(0)
@@ -153,8 +154,8 @@ def first_backward(
     total = tl.zeros((R, C), tl.float32)
     total_x = tl.zeros((R, C), tl.float32)
     total_y = tl.zeros((R, C), tl.float32)
-    for step in range(0, n_rows, R):
-        row, own = _rows(n_pixels, parts, n_rows, step, R)
+    for step in range(0, N_ROWS, R):
+        row, own = _rows(n_pixels, parts, step, N_ROWS, R)
         place = row[:, None] * width + unit[None, :]
         here = own[:, None] & (unit < width)[None, :]
         made = tl.load(gradient + place, here, 0.0).to(tl.float32)

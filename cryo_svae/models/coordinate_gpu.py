@@ -63,8 +63,8 @@ class Layout:
         each = -(-self.p // self.parts)
         with torch.cuda.device_of(tensors[0]):
             kernel[(self.programs,)](
-                *tensors, self.p, self.parts, each, self.h, self.width,
-                RELU=self.relu, R=rows, C=columns, num_warps=WARPS, **constants,
+                *tensors, self.p, self.parts, self.h, self.width,
+                RELU=self.relu, N_ROWS=each, R=rows, C=columns, num_warps=WARPS, **constants,
             )  # fmt: skip
 
     def first(
