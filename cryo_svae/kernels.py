@@ -100,26 +100,26 @@ def last_backward(
     program = tl.program_id(0)
     unit = tl.arange(0, C)
     added = tl.load(bias + unit, unit < h, 0.0)[None, :]
-    for k in tl.static_range(N_OUT):  # a sum a time: more would not fit the registers
-        sum_of_weight = tl.zeros((R, C), tl.float32)
-        sum_of_bias = tl.zeros((R, C), tl.float32)
+    for k in tl.static_range(N_OUT):  # read anew for each: seldom more than one
+        sum_of_weight = tl.zeros((C,), tl.float32)
+        sum_of_bias = tl.zeros((C,), tl.float32)
         for step in range(0, N_ROWS, R):
             row, own = _rows(n_pixels, parts, step, N_ROWS, R)
             place = row[:, None] * width + unit[None, :]
             here = own[:, None] & (unit < width)[None, :]
             value = _activated(tl.load(units + place, here, 0.0).to(tl.float32) + added, RELU)
-            sum_of_weight += value * tl.load(gradient + row * N_OUT + k, own, 0.0)[:, None]
+            sum_of_weight += tl.sum(value * tl.load(gradient + row * N_OUT + k, own, 0.0)[:, None], 0)
             if k == 0:
                 of_units = tl.zeros((R, C), tl.float32)
                 for j in tl.static_range(N_OUT):
                     w = tl.load(weight + j * h + unit, unit < h, 0.0)[None, :]
                     of_units += tl.load(gradient + row * N_OUT + j, own, 0.0)[:, None] * w
                 of_units *= _slope(value, RELU)
-                sum_of_bias += of_units
+                sum_of_bias += tl.sum(of_units, 0)
                 tl.store(made + place, of_units.to(made.dtype.element_ty), here)
-        tl.store(of_weight + (program * N_OUT + k) * h + unit, tl.sum(sum_of_weight, 0), unit < h)
+        tl.store(of_weight + (program * N_OUT + k) * h + unit, sum_of_weight, unit < h)
         if k == 0:
-            tl.store(of_bias + program * h + unit, tl.sum(sum_of_bias, 0), unit < h)
+            tl.store(of_bias + program * h + unit, sum_of_bias, unit < h)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -129,16 +129,16 @@ def slope(
 ):  # fmt: skip
     """Gradient of activated units to that of the units before, in place; sums for the bias."""
     unit = tl.arange(0, C)
-    total = tl.zeros((R, C), tl.float32)
+    total = tl.zeros((C,), tl.float32)
     for step in range(0, N_ROWS, R):
         row, own = _rows(n_pixels, parts, step, N_ROWS, R)
         place = row[:, None] * width + unit[None, :]
         here = own[:, None] & (unit < width)[None, :]
         slope = _slope(tl.load(units + place, here, 0.0).to(tl.float32), RELU)
         made = tl.load(gradient + place, here, 0.0).to(tl.float32) * slope
-        total += made
+        total += tl.sum(made, 0)
         tl.store(gradient + place, made.to(gradient.dtype.element_ty), here)
-    tl.store(of_bias + tl.program_id(0) * h + unit, tl.sum(total, 0), unit < h)
+    tl.store(of_bias + tl.program_id(0) * h + unit, total, unit < h)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -151,9 +151,9 @@ def first_backward(
     unit = tl.arange(0, C)
     wx = tl.load(weight + 2 * unit, unit < h, 0.0)[None, :]
     wy = tl.load(weight + 2 * unit + 1, unit < h, 0.0)[None, :]
-    total = tl.zeros((R, C), tl.float32)
-    total_x = tl.zeros((R, C), tl.float32)
-    total_y = tl.zeros((R, C), tl.float32)
+    total = tl.zeros((C,), tl.float32)
+    total_x = tl.zeros((C,), tl.float32)
+    total_y = tl.zeros((C,), tl.float32)
     for step in range(0, N_ROWS, R):
         row, own = _rows(n_pixels, parts, step, N_ROWS, R)
         place = row[:, None] * width + unit[None, :]
@@ -163,9 +163,9 @@ def first_backward(
             made *= _slope(tl.load(units + place, here, 0.0).to(tl.float32), RELU)
         tl.store(of_points + 2 * row, tl.sum(made * wx, 1), own)
         tl.store(of_points + 2 * row + 1, tl.sum(made * wy, 1), own)
-        total += made
-        total_x += made * tl.load(points + 2 * row, own, 0.0)[:, None]
-        total_y += made * tl.load(points + 2 * row + 1, own, 0.0)[:, None]
-    tl.store(of_z + program * h + unit, tl.sum(total, 0), unit < h)
-    tl.store(of_weight + 2 * (program * h + unit), tl.sum(total_x, 0), unit < h)
-    tl.store(of_weight + 2 * (program * h + unit) + 1, tl.sum(total_y, 0), unit < h)
+        total += tl.sum(made, 0)
+        total_x += tl.sum(made * tl.load(points + 2 * row, own, 0.0)[:, None], 0)
+        total_y += tl.sum(made * tl.load(points + 2 * row + 1, own, 0.0)[:, None], 0)
+    tl.store(of_z + program * h + unit, total, unit < h)
+    tl.store(of_weight + 2 * (program * h + unit), total_x, unit < h)
+    tl.store(of_weight + 2 * (program * h + unit) + 1, total_y, unit < h)

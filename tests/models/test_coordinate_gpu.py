@@ -23,7 +23,7 @@ N, P, H = 2, 11, 13  # nothing a multiple of anything
 def many_programs_and_steps(monkeypatch):
     """Small sizes go through several programs an image, of several steps, the last of each cut off."""
     monkeypatch.setattr(coordinate_gpu, "ROWS", 8)
-    monkeypatch.setattr(coordinate_gpu, "TILE", 256)
+    monkeypatch.setattr(coordinate_gpu, "AT_ONCE", 2)
     torch.manual_seed(0)
 
 
