@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Bool, Complex, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -28,7 +28,9 @@ from cryo_svae.images import ImageSource
 from cryo_svae.particles import ParticleSet
 from cryo_svae.preprocessing import Preparation, prepared_images, soft_circle, working_ctf
 
-PIXELS_AT_ONCE = 1 << 20  # of padded images: 64 particles of 64 px; more leave the processor's cache
+# Pixels of padded images at once: what a processor's cache holds (64 particles of 64 px), and what keeps
+# a GPU busy.
+PIXELS_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
 EDGE_SHARE_OF_BOX = 0.06  # width of soft edges
 FEWEST_IN_A_HALF = 3  # with fewer, an FRC says nothing
 HALF_REGULARISATION = 0.1  # of a ring's mean D, against division by the zeros of the CTF
@@ -68,12 +70,13 @@ class ClassAverages:
         return frequency
 
 
-class _HalfPlane:
+class HalfPlane:
     """The P points of an N x N image's Fourier half plane (kx >= 0) within rings 0 … N/2 - 1.
 
     point:  (P, 2) as (kx, ky) in Fourier pixels.
     ring:   (P,).
     weight: (P,) how many of the whole plane's points each stands for.
+    window: (N, N) soft inscribed circle.
     """
 
     def __init__(self, box_px: int, device: torch.device) -> None:
@@ -83,6 +86,8 @@ class _HalfPlane:
         self.box_px, self.n_rings = box_px, box_px // 2
         self.point, self.ring = plane[kept], ring[kept]
         self.weight = torch.where(self.point[:, 0] > 0, 2.0, 1.0).double()
+        edge = soft_edge_px(box_px)
+        self.window = soft_circle(box_px, box_px / 2 - edge, edge).to(device)
         self._column, self._row = self.point[:, 0].long(), self.point[:, 1].long() % box_px
 
     def spectrum(self, images: Float[Tensor, "*k n n"]) -> Complex[Tensor, "*k p"]:
@@ -117,30 +122,49 @@ def aligned_spectra(
     images: Float[Tensor, "b n n"],
     psi_rad: Float[Tensor, "b"],
     origin_px: Float[Tensor, "b 2"],
-    points: Float[Tensor, "p 2"],
+    plane: HalfPlane,
 ) -> Complex[Tensor, "b p"]:
-    """Fourier transforms of aligned particles at (kx, ky) in Fourier pixels, phase zero at N//2.
+    """Fourier transforms of aligned particles at the points of a half plane, phase zero at N//2.
 
     The aligned image A(q) = I(R(-psi) q - o) has F_A(k) = F_I(k') exp(-2 pi i k'·o/N) at
     k' = R(-psi) k. Beyond the inscribed circle particles count as background, so that corners do
     not come round into the turned image. Right to 2 % of the amplitude (the cubic kernel's gain).
     """
-    box_px = images.shape[-1]
-    edge = soft_edge_px(box_px)
-    window = soft_circle(box_px, box_px / 2 - edge, edge).to(images.device)
-    axis = torch.arange(2 * box_px, device=images.device)
-    sign = 1.0 - 2.0 * ((axis[:, None] + axis) % 2)  # puts both origins in the middle of their grids
-    padded = torch.nn.functional.pad(images * window, (box_px // 2,) * 4)
-    spectrum = torch.view_as_real(torch.fft.fft2(padded * sign) * sign).permute(0, 3, 1, 2)
-    turned = geometry.reference_to_particle(
-        points.expand(len(images), -1, -1), psi_rad, torch.zeros_like(origin_px)
-    )
-    grid = (2.0 * turned + box_px + 0.5) / box_px - 1.0
+    rotation = geometry.rotation_matrix(psi_rad)
+    turned = rotation.mT @ plane.point.T
+    behind = turned[:, 0] < 0  # a real image's transform there is the conjugate of that at -k'
+    column, row = torch.where(behind[:, None], -turned, turned).unbind(1)
+    spectra = _half_spectra(images * plane.window)
+    n_rows, n_columns = spectra.shape[-2:]
+    x = (4.0 * column + 3.0) / n_columns - 1.0
+    y = 4.0 * row / n_rows
     real, imag = torch.nn.functional.grid_sample(
-        spectrum, grid[:, None], mode="bicubic", padding_mode="zeros", align_corners=False
+        spectra, torch.stack([x, y], -1)[:, None], "bicubic", "zeros", align_corners=False
     )[:, :, 0].unbind(1)
-    phase = (-2.0 * math.pi / box_px) * (turned * origin_px[:, None]).sum(-1)
-    return torch.complex(real, imag) * torch.polar(torch.ones_like(phase), phase)
+    moved = (rotation @ origin_px[..., None])[..., 0]  # k'·o = k·R(psi) o
+    phase = (-2.0 * math.pi / plane.box_px) * (moved @ plane.point.T)
+    sampled = torch.complex(real, torch.where(behind, -imag, imag))
+    return sampled * torch.complex(torch.cos(phase), torch.sin(phase))
+
+
+def _half_spectra(images: Float[Tensor, "b n n"]) -> Float[Tensor, "b 2 rows columns"]:
+    """Real and imaginary parts of images' transforms, padded to twice the box; phase zero at pixel n//2.
+
+    Row n + j is ky = j/2, from -n/2 to n/2, and column 1 + i is kx = i/2, from -1/2, in Fourier pixels.
+    """
+    n, half = images.shape[-1], images.shape[-1] // 2
+    row = torch.arange(n, device=images.device)
+    signed = images * (1.0 - 2.0 * ((row + half) % 2))[:, None]  # puts ky = 0 in the middle
+    padded = images.new_zeros(len(images), 2 * n, 2 * n)
+    first, last = slice(half), slice(-half, None)
+    for here, its in ((first, last), (last, first)):
+        padded[:, here, first], padded[:, here, last] = signed[:, its, last], signed[:, its, first]
+    spectra = images.new_empty(len(images), 2, 2 * n + 1, n + 2)
+    spectra[:, :, :-1, 1:] = torch.view_as_real(torch.fft.rfft2(padded)).permute(0, 3, 1, 2)
+    spectra[:, :, -1] = spectra[:, :, 0]
+    # the conjugate at -k: rows from 2 n down to 1, then row 0, which is row 2 n
+    spectra[:, 0, :, 0], spectra[:, 1, :, 0] = spectra[:, 0, :, 2].flip(-1), -spectra[:, 1, :, 2].flip(-1)
+    return spectra
 
 
 def half_sets(
@@ -178,10 +202,11 @@ def class_averages(
     from the FRC F between the halves: SSNR = 2F/(1 - F) for their sum, F averaged over three
     rings, and nothing kept where that is below 0.143. Where there is no FRC, SSNR = 1.
     """
-    plane = _HalfPlane(preparation.box_px, device)
+    plane = HalfPlane(preparation.box_px, device)
     half = half_sets(source.particles, table.usable, class_number, seed)
     key = 2 * (class_number - 1) + half
-    signal, power = _sums(source, table, key, n_classes, preparation, use_ctf, plane)
+    sums = _sums(source, table, key, 2 * n_classes, preparation, use_ctf, plane)
+    signal, power = (each.view(n_classes, 2, -1) for each in (sums.signal, sums.power))
     numbers = class_number[table.usable] - 1
     in_half = np.bincount(2 * numbers + half[table.usable], minlength=2 * n_classes).reshape(n_classes, 2)
     counts = in_half.sum(1)
@@ -217,39 +242,85 @@ def class_averages(
     )
 
 
+@dataclass(frozen=True)
+class Members:
+    """Particles to be averaged, on the device that does it.
+
+    row:         (b,) of the sums, 2 class + half, counted from 0.
+    psi_rad, origin_px: (b,) and (b, 2) in working pixels, their poses.
+    ctf:         their CTF parameters, turned with them, or None.
+    """
+
+    row: Int[Tensor, "b"]
+    psi_rad: Float[Tensor, "b"]
+    origin_px: Float[Tensor, "b 2"]
+    ctf: CtfTable | None
+
+    def __getitem__(self, some: slice) -> Members:
+        ctf = None if self.ctf is None else self.ctf[some]
+        return Members(self.row[some], self.psi_rad[some], self.origin_px[some], ctf)
+
+
+class Sums:
+    """S (k, P) and D (k, P) of k classes and halves, in double precision, at the points of a half plane."""
+
+    def __init__(self, n_rows: int, plane: HalfPlane) -> None:
+        shape, device = (n_rows, len(plane.point)), plane.point.device
+        self.plane = plane
+        self.signal = torch.zeros(shape, dtype=torch.complex128, device=device)
+        self.power = torch.zeros(shape, dtype=torch.float64, device=device)
+
+    def add(self, images: Float[Tensor, "b n n"], usable: Bool[Tensor, "b"], members: Members) -> None:
+        """Adds prepared images; those not usable are zero, and have no part in D."""
+        plane = self.plane
+        spectrum = aligned_spectra(images, members.psi_rad, members.origin_px, plane)
+        transfer = usable.float()[:, None].expand(spectrum.shape)
+        if members.ctf is not None:
+            transfer = transfer * ctf_at(members.ctf, plane.point / plane.box_px)
+        for sums, values in ((self.signal, spectrum * transfer), (self.power, transfer.square())):
+            # unlike index_add_, always in the same order, on a GPU too
+            sums.index_put_((members.row,), values.to(sums.dtype), accumulate=True)
+
+
+def _members(
+    source: ImageSource,
+    table: EstimateTable,
+    key: NDArray[np.intp],
+    preparation: Preparation,
+    use_ctf: bool,
+    device: torch.device,
+) -> Members:
+    rows = torch.from_numpy(np.flatnonzero(table.usable))
+    psi = torch.from_numpy(geometry.radians(table.psi_deg)).float()[rows].to(device)
+    origin = torch.from_numpy(table.origin_angst / preparation.pixel_size_angst).float()[rows]
+    ctf = None
+    if use_ctf and source.particles.ctf is not None:
+        ctf = turned_ctf(working_ctf(source.particles.ctf, preparation)[rows].to(device), psi)
+    return Members(torch.from_numpy(key)[rows].to(device), psi, origin.to(device), ctf)
+
+
 def _sums(
     source: ImageSource,
     table: EstimateTable,
     key: NDArray[np.intp],
-    n_classes: int,
+    n_rows: int,
     preparation: Preparation,
     use_ctf: bool,
-    plane: _HalfPlane,
-) -> tuple[Complex[Tensor, "k 2 p"], Float[Tensor, "k 2 p"]]:
-    """S and D of each class and half; ``key`` (n,) is 2 class + half, counted from 0."""
-    device, box_px = plane.point.device, preparation.box_px
-    shape = (2 * n_classes, len(plane.point))
-    signal = torch.zeros(shape, dtype=torch.complex128, device=device)
-    power = torch.zeros(shape, dtype=torch.float64, device=device)
-    ctf = None
-    if use_ctf and source.particles.ctf is not None:
-        ctf = working_ctf(source.particles.ctf, preparation)
-    psi = torch.from_numpy(geometry.radians(table.psi_deg)).float()
-    origin = torch.from_numpy(table.origin_angst / preparation.pixel_size_angst).float()
-    batch_size = max(1, PIXELS_AT_ONCE // (2 * box_px) ** 2)
-    for index, images, usable in prepared_images(source, np.flatnonzero(table.usable), preparation):
-        kept = torch.from_numpy(index)[usable]
-        for row, image in zip(kept.split(batch_size), images[usable].split(batch_size), strict=True):
-            to = torch.from_numpy(key)[row].to(device)
-            turn = psi[row].to(device)
-            spectrum = aligned_spectra(image.to(device), turn, origin[row].to(device), plane.point)
-            if ctf is None:
-                transfer = torch.ones_like(spectrum.real)
-            else:
-                transfer = ctf_at(turned_ctf(ctf[row].to(device), turn), plane.point / box_px)
-            signal.index_add_(0, to, (spectrum * transfer).to(torch.complex128))
-            power.index_add_(0, to, transfer.double() ** 2)
-    return signal.view(n_classes, 2, -1), power.view(n_classes, 2, -1)
+    plane: HalfPlane,
+) -> Sums:
+    """Sums over the usable particles; ``key`` (n,) is 2 class + half, counted from 0."""
+    device = plane.point.device
+    members = _members(source, table, key, preparation, use_ctf, device)
+    sums = Sums(n_rows, plane)
+    batch_size = max(1, PIXELS_AT_ONCE[device.type] // (2 * plane.box_px) ** 2)
+    first = 0
+    rows = np.flatnonzero(table.usable)
+    for _, images, usable in prepared_images(source, rows, preparation, device=device):
+        for image, counts in zip(images.split(batch_size), usable.split(batch_size), strict=True):
+            last = first + len(image)
+            sums.add(image, counts, members[first:last])
+            first = last
+    return sums
 
 
 def turned_ctf(ctf: CtfTable, psi_rad: Float[Tensor, "b"]) -> CtfTable:
@@ -275,7 +346,7 @@ def _inverse_ssnr(frc: Float[Tensor, "k r"]) -> Float[Tensor, "k r"]:
 
 def ring_correlation(a: Float[Tensor, "k n n"], b: Float[Tensor, "k n n"]) -> Float[Tensor, "k r"]:
     """FRC of rings 0 … n/2 - 1 (rounded radii); 0 where an image has nothing in a ring."""
-    plane = _HalfPlane(a.shape[-1], a.device)
+    plane = HalfPlane(a.shape[-1], a.device)
     first, second = plane.spectrum(a.double()), plane.spectrum(b.double())
     cross = plane.ring_sum((first * second.conj()).real)
     norm = (plane.ring_sum(first.abs() ** 2) * plane.ring_sum(second.abs() ** 2)).sqrt()

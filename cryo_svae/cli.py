@@ -24,21 +24,48 @@ from cryo_svae.errors import CryoSvaeError, InputError
 INTERRUPTED = 130
 
 
-def parser() -> argparse.ArgumentParser:
-    """Of the whole command line."""
+class _Command(argparse.ArgumentParser):
+    """A command; options whose modules import torch are added only when it is the one given."""
+
+    late_options: Callable[[], tuple[type, ...]] | None = None
+
+    def parse_known_args(self, *given: Any, **named: Any) -> Any:
+        """What argparse's does."""
+        if self.late_options is not None:
+            config.add_options(self, *self.late_options())
+            self.late_options = None
+        return super().parse_known_args(*given, **named)
+
+
+def _engine_options() -> tuple[type, ...]:
     from cryo_svae.models import CONFIG_CLASSES
+
+    return CONFIG_CLASSES
+
+
+def _selection_options() -> tuple[type, ...]:
     from cryo_svae.selection import SelectionConfig
+
+    return (SelectionConfig,)
+
+
+def _simulation_options() -> tuple[type, ...]:
     from cryo_svae.simulate import SimulateConfig
 
+    return (SimulateConfig,)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the whole command line."""
     top = argparse.ArgumentParser(
         prog="cryo-svae",
         description="Content, in-plane rotation and shift of cryo-EM particles by spatial variational "
         "autoencoders: RELION STAR or CryoSPARC .cs and MRC in, the same out.",
     )
     top.add_argument("--version", action="version", version=f"cryo_svae {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Command)
 
-    def add(name: str, summary: str) -> argparse.ArgumentParser:
+    def add(name: str, summary: str) -> _Command:
         return commands.add_parser(name, help=summary, description=summary)
 
     run = add("run", "train a model, estimate every particle, decode class averages")
@@ -48,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         _add_particles(command, optional=True)
         config.add_options(command, SourceConfig, PreparationConfig, ModelConfig, TrainingConfig)
         config.add_options(command, ComputeConfig, *([OutputConfig] if command is run else []))
-        config.add_options(command, *CONFIG_CLASSES)
+        command.late_options = _engine_options
     estimate = add("estimate", "estimate particles, perhaps others, with a trained model")
     _add_job_options(estimate)
     _add_particles(estimate, optional=True)
@@ -65,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     select = add("select", "a part of a job's particles, as a STAR or .cs file for the next job")
     select.add_argument("job", type=Path, metavar="JOB", help="job folder")
     select.add_argument("--out", type=Path, required=True, metavar="FILE", help="the file to write")
-    config.add_options(select, SelectionConfig)
+    select.late_options = _selection_options
     convert = add("convert", "a STAR file as a CryoSPARC .cs file, or a .cs file as a STAR file")
     convert.add_argument("source", type=Path, metavar="IN", help="particles, .star or .cs")
     convert.add_argument("out", type=Path, metavar="OUT", help="the file to write, .cs or .star")
@@ -84,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
     simulate = add("simulate", "make particles of a molecule in motion, with their truth")
     simulate.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to write")
     simulate.add_argument("--overwrite", action="store_true", help="write over an earlier simulation")
-    config.add_options(simulate, SimulateConfig)
+    simulate.late_options = _simulation_options
     return top
 
 

@@ -105,8 +105,10 @@ class TrainingConfig:
     """How the model is trained."""
 
     epochs: int | None = option(None, "passes over the particles [by their number]")
-    batch_size: int | None = option(None, "particles in a step [the engine's own]")
-    learning_rate: float | None = option(None, "(peak) learning rate of Adam [the engine's own]")
+    batch_size: int | None = option(
+        None, "particles in a step [128, steerable, or 100; more on a GPU with many particles]"
+    )
+    learning_rate: float | None = option(None, "(peak) learning rate of Adam [by engine and batch size]")
     held_out: float = option(0.1, "share of the particles kept from training, for the learning curve")
     patience: int | None = option(
         None, "stop after so many epochs without a better held-out bound [train all epochs]"

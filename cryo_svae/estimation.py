@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -12,12 +13,14 @@ from tqdm import tqdm
 
 from cryo_svae import distributed, geometry
 from cryo_svae.checkpoint import Checkpoint
+from cryo_svae.ctf import CtfTable
 from cryo_svae.images import ImageSource
 from cryo_svae.models.engine import Batch, Posterior
 from cryo_svae.pieces import Pieces
-from cryo_svae.preprocessing import CHUNK, prepared_images, working_ctf
+from cryo_svae.preprocessing import chunk_size, prepared_images, working_ctf
 
 Reals = NDArray[np.float64]
+BATCH_ON_CPU = 256
 
 
 @dataclass(frozen=True)
@@ -72,36 +75,64 @@ def fill(
 
 
 def estimate(
-    checkpoint: Checkpoint, source: ImageSource, device: torch.device, batch_size: int = 256
+    checkpoint: Checkpoint, source: ImageSource, device: torch.device, batch_size: int | None = None
 ) -> EstimateTable:
     """Posteriors of all particles of a source, read once in order; memory does not grow with images.
 
-    Several processes estimate a block of chunks each, and all get the whole table.
+    A GPU gets as many particles at a time as are prepared together, unless ``batch_size`` says otherwise,
+    and its answers are fetched when it has its next task. Several processes estimate a block of chunks
+    each, and all get the whole table.
     """
     engine = checkpoint.engine.to(device).eval()
     n_particles = len(source.particles)
     ctf = None
     if checkpoint.use_ctf and source.particles.ctf is not None:
         ctf = working_ctf(source.particles.ctf, checkpoint.preparation)
+    if batch_size is None:
+        batch_size = chunk_size(checkpoint.preparation) if device.type == "cuda" else BATCH_ON_CPU
     # written in place: small results kept between large temporaries would hold the heap in pieces
     table = empty_table(n_particles, engine.z_dim)
+    pixel_size_angst = checkpoint.preparation.pixel_size_angst
     pieces = Pieces()
-    own = np.arange(n_particles)[distributed.block(n_particles, CHUNK)]
-    chunks = prepared_images(source, own, checkpoint.preparation, CHUNK)
+    block = distributed.block(n_particles, chunk_size(checkpoint.preparation))
+    own = np.arange(n_particles)[block]
+    chunks = prepared_images(source, own, checkpoint.preparation, device=device)
     hidden = not sys.stderr.isatty() or distributed.rank() > 0
     progress = tqdm(total=len(own), desc="estimate", disable=hidden, leave=False)
+    pending: list[tuple[NDArray[np.intp], Posterior]] = []
     with torch.no_grad(), progress:
         for index, images, usable in chunks:
-            kept = index[usable.numpy()]
+            kept = index[usable.cpu().numpy()]
             represented = engine.represent(images[usable])
-            for start in range(0, len(kept), batch_size):
-                row = torch.from_numpy(kept[start : start + batch_size])
-                image = represented[start : start + batch_size]
-                batch = Batch(row, image, None if ctf is None else ctf[row])
-                found = pieces.of(batch, lambda piece: engine.infer(piece.to(device)).to("cpu"))
-                fill(table, row.numpy(), Posterior.cat(found), checkpoint.preparation.pixel_size_angst)
+            asked = []
+            for place, turns in _alike(kept, ctf, batch_size):
+                row = torch.from_numpy(kept[place])
+                batch = Batch(row, represented[place], None if ctf is None else ctf[row], astigmatic=turns)
+                found = pieces.of(batch, lambda piece: engine.infer(piece.to(device)))
+                asked.append((kept[place], Posterior.cat(found)))
+            for estimated, posterior in pending:
+                fill(table, estimated, posterior.to("cpu"), pixel_size_angst)
+            pending = asked
             progress.update(len(index))
+        for estimated, posterior in pending:
+            fill(table, estimated, posterior.to("cpu"), pixel_size_angst)
     for field in fields(table):
         values = torch.from_numpy(getattr(table, field.name))
-        distributed.unite(values, distributed.block(n_particles, CHUNK))
+        distributed.unite(values, block)
     return table
+
+
+def _alike(
+    row: NDArray[np.intp], ctf: CtfTable | None, batch_size: int
+) -> Iterator[tuple[NDArray[np.intp], bool]]:
+    """Places in ``row`` of at most ``batch_size`` particles whose CTF all change with direction, or none.
+
+    Apart, so that no particle's CTF is treated by its neighbours'.
+    """
+    turns = np.zeros(len(row), dtype=bool)
+    if ctf is not None:
+        turns = ctf[torch.from_numpy(row)].astigmatic.numpy()
+    for kind in (False, True):
+        places = np.flatnonzero(turns == kind)
+        for start in range(0, len(places), batch_size):
+            yield places[start : start + batch_size], kind

@@ -82,7 +82,7 @@ def redraw_report(folder: Path) -> Path:
     seed = done.settings["seed"]
     classes, result = average_classes(done.checkpoint, source, done.table, n_classes, seed, done.device)
     found = findings(done.checkpoint, done.table, classes, result, done.device)
-    score = contrast_score(source, done.checkpoint.preparation)
+    score = contrast_score(source, done.checkpoint.preparation, done.device)
     path = done.job.path("report.html")
     write_report(
         path, gather(done.job, done.particles, done.checkpoint, found, done.settings, score, done.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,9 @@ from cryo_svae.errors import InputError, TrainingError
 from cryo_svae.estimation import EstimateTable
 from cryo_svae.images import ImageSource
 from cryo_svae.models import CONFIG_CLASSES, ENGINES
+from cryo_svae.models.engine import TrainingDefaults
 from cryo_svae.particles import ParticleSet
-from cryo_svae.preprocessing import Preparation, plan_preparation, prepared_images
+from cryo_svae.preprocessing import CPU, Preparation, plan_preparation, prepared_images
 from cryo_svae.store import OUTLIER, TrainingStore, build_store
 from cryo_svae.training import Schedule, fit, seed_everything
 
@@ -51,6 +53,8 @@ def pick_device(name: str) -> torch.device:
         )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":  # by its number, as threads that read images know nothing of this one's choice
+        return torch.device(name, torch.cuda.current_device())
     return torch.device(name)
 
 
@@ -83,15 +87,21 @@ def plan_training(settings: Mapping[str, Any], particles: ParticleSet, source: s
             remedy="leave --ctf out, or estimate the CTF first.",
         )
     defaults = engine_class.training_defaults
+    epochs, batch_size = of_training.epochs, of_training.batch_size
+    if epochs is None:
+        epochs = defaults.epochs_for(len(particles))
+    if batch_size is None:
+        device = pick_device(of_compute.device)
+        batch_size = _batch_size(defaults, epochs * len(particles), preparation.box_px, device)
     found = {
         "box": preparation.box_px,
         "invert": preparation.invert,
         "mask_diameter": preparation.mask_diameter_angst,
         "ctf": particles.ctf is not None,
         "max_shift": MAX_SHIFT_SHARE_OF_BOX * preparation.box_px * pixel_size_angst,
-        "epochs": defaults.epochs_for(len(particles)),
-        "batch_size": defaults.batch_size,
-        "learning_rate": defaults.learning_rate,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": defaults.learning_rate_for(batch_size),
         "classes": averages.default_classes(len(particles)),
     }
     engine_config = config.build(config_class, settings, source)
@@ -116,6 +126,13 @@ def plan_training(settings: Mapping[str, Any], particles: ParticleSet, source: s
     return Plan({**others, **resolved}, engine_config, preparation)
 
 
+def _batch_size(defaults: TrainingDefaults, n_images: int, box_px: int, device: torch.device) -> int:
+    if device.type != "cuda":
+        return defaults.batch_size
+    memory_bytes = torch.cuda.get_device_properties(device).total_memory
+    return defaults.batch_on_gpu(n_images, box_px, memory_bytes)
+
+
 def new_checkpoint(plan: Plan) -> Checkpoint:
     """An untrained model."""
     settings = plan.settings
@@ -134,17 +151,20 @@ def fit_checkpoint(
     scratch: Path,
     on_epoch: Callable[[Checkpoint], None],
     before_batch: Callable[[], None] = lambda: None,
-) -> float:
+    timed: Callable[[str], AbstractContextManager[None]] = lambda _: nullcontext(),
+) -> dict[str, float]:
     """Trains a model from where its checkpoint stands; ``scratch`` takes what exceeds the memory.
 
-    Returns the seconds in which it waited for images: of the disk before the first epoch, then in batches.
-    What ``before_batch`` raises ends reading and training.
+    Its two parts, "preparing" and "training", are each done within ``timed`` of that name; returns the
+    seconds in which either waited for images, of the disk and in batches. What ``before_batch`` raises
+    ends both.
     """
     settings = plan.settings
     source = ImageSource(particles, before_batch)
     device = pick_device(settings["device"])
     engine = checkpoint.engine.to(device)
-    store = build_store(engine, source, plan.preparation, settings["ctf"], scratch, device)
+    with timed("preparing"):
+        store = build_store(engine, source, plan.preparation, settings["ctf"], scratch, device)
     report_unusable(particles, store)
     schedule = Schedule(
         epochs=settings["epochs"],
@@ -155,8 +175,9 @@ def fit_checkpoint(
         patience=settings["patience"],
         seed=settings["seed"],
     )
-    fit(checkpoint, store, schedule, device, on_epoch, before_batch)
-    return source.waited_s + store.waited_s
+    with timed("training"):
+        fit(checkpoint, store, schedule, device, on_epoch, before_batch)
+    return {"preparing": source.waited_s, "training": store.waited_s}
 
 
 def average_classes(
@@ -181,13 +202,14 @@ def average_classes(
     )
 
 
-def contrast_score(images: ImageSource, preparation: Preparation) -> float:
+def contrast_score(images: ImageSource, preparation: Preparation, device: torch.device = CPU) -> float:
     """Standard errors by which the middle of the particles is brighter than their background."""
     n_particles = len(images.particles)
     index = np.unique(np.linspace(0, n_particles - 1, min(n_particles, CONTRAST_PARTICLES)).astype(np.intp))
     middle = geometry.pixel_grid(preparation.box_px).norm(dim=-1) < 0.5 * preparation.mask_radius_px
-    chunks = prepared_images(images, index, preparation)
-    means = torch.cat([prepared[usable][:, middle].mean(1) for _, prepared, usable in chunks])
+    weight = (middle / middle.sum()).flatten().to(device)
+    chunks = prepared_images(images, index, preparation, device=device)
+    means = torch.cat([(prepared.flatten(1) @ weight)[usable] for _, prepared, usable in chunks])
     if len(means) < 2:
         return 0.0
     return float(means.mean() / (means.std() / len(means) ** 0.5).clamp_min(1e-12))

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 Numbers = TypeVar("Numbers", Tensor, NDArray[np.float64], float)
@@ -55,6 +54,8 @@ def rotation_vectors_to_euler(
     The pose is the rotation Rz(rot) Ry(tilt) Rz(psi), the inverse of RELION's Euler matrix: so read
     in the sources of two converters, cryoDRGN (R_from_relion, parse_pose_csparc) and pyem.
     """
+    from scipy.spatial.transform import Rotation  # a third of a second, for .cs files alone
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # at tilt 0 only rot + psi is defined; scipy then takes psi 0
         euler = Rotation.from_rotvec(rotation_vector_rad).as_euler("ZYZ", degrees=True)
@@ -65,6 +66,8 @@ def euler_to_rotation_vectors(
     rot_tilt_psi_deg: Float[np.ndarray, "n 3"],
 ) -> Float[np.ndarray, "n 3"]:
     """CryoSPARC's alignments3D/pose (rad) of RELION's rot, tilt and psi; see the inverse."""
+    from scipy.spatial.transform import Rotation
+
     rotation = Rotation.from_euler("ZYZ", rot_tilt_psi_deg, degrees=True)
     return np.asarray(rotation.as_rotvec(), dtype=np.float64)
 

@@ -149,6 +149,9 @@ class Job:
         """run.json: versions, settings, inputs with digests, timings, warnings."""
         if distributed.rank() > 0:
             return
+        seconds = {**self._timings, "job": round(time.time() - self._began, 3)}
+        parts = (f"{what} {spent:.1f} s" for what, spent in seconds.items() if "," not in what)
+        log.info("time: %s", ", ".join(parts))
         packages = ("torch", "numpy", "scipy", "mrcfile", "h5py")
         record = {
             "program": f"cryo_svae {cryo_svae.__version__}",
@@ -161,7 +164,7 @@ class Job:
             "seed": settings["seed"],
             "config": plain(settings),
             "inputs": inputs,
-            "seconds": self._timings,
+            "seconds": seconds,
             "warnings": self._warnings.texts,
         }
         with atomic_path(self.path("run.json")) as temporary:

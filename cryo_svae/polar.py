@@ -20,6 +20,8 @@ then one of coefficients. Laws, with the pose convention of ``geometry``, I(p) =
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from jaxtyping import Complex, Float
@@ -96,16 +98,15 @@ def ring_area(n_rings: int) -> Float[Tensor, "r"]:
     = sum of r f + f/12 - f''/240 + f''''/6048 at r = 0, the derivatives from f(0), f(1) and f(2).
     """
     radius = torch.arange(n_rings, dtype=torch.float64)
-    radius[:3] += torch.tensor([0.0947421, -0.0124339, 0.0010251], dtype=torch.float64)
+    radius[:3] += torch.tensor([0.0947421, -0.0124339, 0.0010251], dtype=torch.float64)[:n_rings]
     return 2.0 * math.pi * radius
 
 
 def _spread(packed: Tensor, place: Tensor, shape: tuple[int, int]) -> Tensor:
     """Packed coefficients at their places in two axes, 0 elsewhere."""
-    flat = packed.new_zeros(*packed.shape[:-2], shape[0] * shape[1], dtype=torch.complex64)
-    flat[..., place] = torch.complex(packed[..., 0, :], packed[..., 1, :])
-    spread: Tensor = flat.unflatten(-1, shape)
-    return spread
+    flat = packed.new_zeros(*packed.shape[:-2], shape[0] * shape[1], 2)
+    flat[..., place, :] = packed.mT
+    return torch.view_as_complex(flat.unflatten(-2, shape))
 
 
 def _collect(spread: Tensor, place: Tensor) -> Tensor:
@@ -123,8 +124,9 @@ class PolarTransform(nn.Module):
                    coefficients only: images go through the whole one.
 
     Attributes: ``n_rings``, ``n_orders`` (orders 0 … n_orders - 1), ``n_angles``,
-    ``n_pairs`` P; buffers ``ring`` and ``order`` (P,) of each pair, ``mask`` (N, N) and
-    ``noise_dof`` (n_rings,): how many independent real numbers white noise has on each ring.
+    ``n_pairs`` P; buffers ``ring`` and ``order`` (P,) of each pair, ``one_sided`` (P,): 1 of order 0, 1/2
+    of the others, ``mask`` (N, N) and ``noise_dof`` (n_rings,): how many independent real numbers white
+    noise has on each ring.
     """
 
     ring: Tensor
@@ -133,6 +135,7 @@ class PolarTransform(nn.Module):
     _place_by_order: Tensor
     mask: Tensor
     noise_dof: Tensor
+    one_sided: Tensor
     _halved: Tensor
     _doubled: Tensor
     _in_ring: Tensor
@@ -178,7 +181,8 @@ class PolarTransform(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
         self.register_buffer("noise_dof", (area * (mask.double() ** 2).mean()).float(), persistent=False)
         self.register_buffer("_halved", 1.0 / both_signs[order], persistent=False)
-        self.register_buffer("_doubled", both_signs, persistent=False)
+        self.register_buffer("one_sided", (1.0 / both_signs[order]).square(), persistent=False)
+        self.register_buffer("_doubled", both_signs / self.n_angles, persistent=False)
         in_ring = (ring[:, None] == torch.arange(self.n_rings)).float()
         self.register_buffer("_in_ring", in_ring, persistent=False)
         self.register_buffer("_waves", waves.flatten(1).float(), persistent=False)
@@ -219,7 +223,7 @@ class PolarTransform(nn.Module):
 
     def spectra(self, samples: Float[Tensor, "*b r a"]) -> Complex[Tensor, "*b r f"]:
         """Dense coefficients of polar samples; beyond the band limit not zero."""
-        spectra: Tensor = torch.fft.rfft(samples, norm="forward") * self._doubled
+        spectra: Tensor = torch.fft.rfft(samples) * self._doubled
         return spectra
 
     def forward(self, images: Float[Tensor, "b n n"]) -> Float[Tensor, "b 2 p"]:
@@ -274,18 +278,25 @@ class PolarTransform(nn.Module):
         return _turned(samples, torch.cos(alpha), torch.sin(alpha))
 
     def shifted_spectra(
-        self, samples: Float[Tensor, "b r a"], shifts_px: Float[Tensor, "t 2"] | Float[Tensor, "b t 2"]
+        self,
+        samples: Float[Tensor, "b r a"],
+        shifts_px: Float[Tensor, "t 2"] | Float[Tensor, "b t 2"],
+        rounded: bool = False,
     ) -> Complex[Tensor, "b o t r"]:
-        """Coefficients of images moved by each of t shifts, the same for all or each its own."""
+        """Coefficients of images moved by each of t shifts, the same for all or each its own.
+
+        rounded: good to three digits on a GPU, which is then faster.
+        """
         if samples.device.type == "cuda":
-            return self._shifted_spectra_by_product(samples, shifts_px)
+            with tensor_float_32() if rounded else nullcontext():
+                return self._shifted_spectra_by_product(samples, shifts_px)
         shape = (len(samples), self.n_orders, shifts_px.shape[-2], self.n_rings)
         spectra = samples.new_empty(shape, dtype=torch.complex64)
         alpha = self.shift_phase(shifts_px)
         scale = self._doubled[: self.n_orders, None]
         for t in range(shape[2]):  # one at a time stays in the processor's cache
             here = alpha[..., t, :, :]
-            moved = torch.fft.rfft(_turned(samples, torch.cos(here), torch.sin(here)), norm="forward")
+            moved = torch.fft.rfft(_turned(samples, torch.cos(here), torch.sin(here)))
             torch.mul(moved[..., : self.n_orders].mT, scale, out=spectra[:, :, t])
         return spectra
 
@@ -304,6 +315,17 @@ class PolarTransform(nn.Module):
         planes = torch.bmm(self._fourier.expand(len(samples), -1, -1), columns.mT)
         real, imag = planes.unflatten(-1, (-1, self.n_rings)).chunk(2, 1)
         return torch.complex(real, imag)
+
+
+@contextmanager
+def tensor_float_32() -> Iterator[None]:
+    """While this lasts a GPU multiplies float32 matrices with 10 bits of mantissa, and faster."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _turned(

@@ -6,14 +6,15 @@ import dataclasses
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Num
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,13 +22,17 @@ from cryo_svae import distributed, geometry
 from cryo_svae.config import PreparationConfig
 from cryo_svae.ctf import CtfTable
 from cryo_svae.errors import InputError
-from cryo_svae.images import ImageSource
+from cryo_svae.images import ImageSource, run_of
 from cryo_svae.particles import ParticleSet
 
 log = logging.getLogger(__name__)
 
-CHUNK = 1024  # particles prepared together: 64 MB at 128 px
-PIXELS_AT_ONCE = 1 << 21  # of images as they are on disk: 8 of 512 px; more leave the processor's cache
+CHUNK_BYTES = 1 << 26  # of prepared images handed on together: 1,024 of 128 px
+# Pixels, of images as they are on disk, prepared at once: what a processor's cache holds (8 images of
+# 512 px), and what keeps a GPU busy.
+PIXELS_AT_ONCE = {"cpu": 1 << 21, "cuda": 1 << 26}
+READERS = {"cpu": 1, "cuda": 4}  # threads, each with a chunk; a GPU takes more than one can read
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +95,6 @@ def soft_circle(box_px: int, radius_px: float, edge_px: float) -> Float[Tensor, 
     return 0.5 * (1.0 + torch.cos(math.pi * ramp))
 
 
-@lru_cache(maxsize=8)
 def resampling_matrix(
     box_px: int, pixel_size_angst: float, new_box_px: int, new_pixel_size_angst: float
 ) -> Float[Tensor, "m n"]:
@@ -110,30 +114,54 @@ def resampling_matrix(
     return ((1.0 + (waves * weight).sum(-1)) / box_px).float()
 
 
+@dataclass(frozen=True)
+class _Grid:
+    """What preparing images of one box and pixel size takes, on the device that does it.
+
+    matrix:   (m, n) resamples them; None where they are on the working grid.
+    mean:     (m²,) weights of the pixels in the mean of the background.
+    variance: (m²,) those of its squares in its variance.
+    """
+
+    matrix: Tensor | None
+    mean: Tensor
+    variance: Tensor
+
+
+@lru_cache(maxsize=8)
+def _grid(box_px: int, pixel_size_angst: float, preparation: Preparation, device: torch.device) -> _Grid:
+    new = (preparation.box_px, preparation.pixel_size_angst)
+    matrix = None
+    if (box_px, pixel_size_angst) != new:
+        matrix = resampling_matrix(box_px, pixel_size_angst, *new).to(device)
+    radius = geometry.pixel_grid(preparation.box_px).norm(dim=-1).flatten()
+    outside = (radius > preparation.mask_radius_px).float()
+    n = outside.sum()
+    return _Grid(matrix, (outside / n).to(device), (outside / (n - 1.0)).to(device))
+
+
 def prepare(
-    images: Float[Tensor, "b n n"], pixel_size_angst: float, preparation: Preparation
+    images: Num[Tensor, "b n n"], pixel_size_angst: float, preparation: Preparation
 ) -> tuple[Float[Tensor, "b m m"], Bool[Tensor, "b"]]:
-    """Prepared images, and which of them are usable (the others are all zero).
+    """Prepared images, and which of them are usable (the others are all zero), on the images' device.
 
     Resampled to the working grid, inverted if asked, brought to mean 0 and standard deviation 1
     outside the particle's circle. NaN, infinite and constant images are not usable.
     """
-    finite = torch.isfinite(images).flatten(1).all(1)
-    images = torch.where(finite[:, None, None], images, 0.0)
-    matrix = resampling_matrix(
-        images.shape[-1], pixel_size_angst, preparation.box_px, preparation.pixel_size_angst
-    )
+    grid = _grid(images.shape[-1], pixel_size_angst, preparation, images.device)
+    pixels = images.float()
+    span = pixels.amax((1, 2)) - pixels.amin((1, 2))  # no finite number where a pixel is none
     # Large offsets (raw counts) would cost float32 digits in the products.
-    centred = images - images.mean((1, 2), keepdim=True)
-    resampled = matrix @ centred @ matrix.T
-    radius = geometry.pixel_grid(preparation.box_px).norm(dim=-1)
-    background = resampled[:, radius > preparation.mask_radius_px]
-    mean, std = background.mean(1), background.std(1)
-    span = images.flatten(1).max(1).values - images.flatten(1).min(1).values
-    usable = finite & (span > 0) & (std > 0) & torch.isfinite(std)
+    prepared = pixels - pixels.mean((1, 2), keepdim=True)
+    if grid.matrix is not None:
+        prepared = grid.matrix @ prepared @ grid.matrix.T
+    flat = prepared.flatten(1)
+    flat -= (flat @ grid.mean)[:, None]
+    std = (flat.square() @ grid.variance).sqrt()
+    usable = torch.isfinite(span) & (span > 0) & torch.isfinite(std) & (std > 0)
     sign = -1.0 if preparation.invert else 1.0
-    scale = torch.where(usable, sign / torch.where(usable, std, 1.0), 0.0)
-    return (resampled - mean[:, None, None]) * scale[:, None, None], usable
+    flat *= torch.where(usable, sign / std, 0.0)[:, None]
+    return prepared.nan_to_num_(0.0), usable
 
 
 def working_ctf(ctf: CtfTable, preparation: Preparation) -> CtfTable:
@@ -142,38 +170,60 @@ def working_ctf(ctf: CtfTable, preparation: Preparation) -> CtfTable:
     return dataclasses.replace(ctf, pixel_size_angst=size)
 
 
+def chunk_size(preparation: Preparation) -> int:
+    """How many particles are prepared and handed on together, unless the caller says otherwise."""
+    return max(1, CHUNK_BYTES // (4 * preparation.box_px**2))
+
+
+def prepared_images(
+    source: ImageSource,
+    index: NDArray[np.intp],
+    preparation: Preparation,
+    chunk: int | None = None,
+    device: torch.device = CPU,
+) -> Iterator[tuple[NDArray[np.intp], Float[Tensor, "b m m"], Bool[Tensor, "b"]]]:
+    """Chunks of particles ``index`` with their prepared images and whether each is usable, on a device.
+
+    The next chunks are read and prepared while the present one is used.
+    """
+    size = chunk_size(preparation) if chunk is None else chunk
+    parts = [index[start : start + size] for start in range(0, len(index), size)]
+    n_readers = READERS[device.type]
+    with ThreadPoolExecutor(n_readers) as readers:
+
+        def begin(part: NDArray[np.intp]) -> Future[tuple[Tensor, Tensor]]:
+            return readers.submit(_prepare_particles, source, part, preparation, device)
+
+        pending = deque(map(begin, parts[:n_readers]))
+        for number, part in enumerate(parts):
+            distributed.stop_if_asked()
+            began = time.monotonic()
+            images, usable = pending.popleft().result()
+            source.waited_s += time.monotonic() - began
+            pending.extend(map(begin, parts[number + n_readers : number + n_readers + 1]))
+            yield part, images, usable
+
+
 def _prepare_particles(
-    source: ImageSource, index: NDArray[np.intp], preparation: Preparation
+    source: ImageSource, index: NDArray[np.intp], preparation: Preparation, device: torch.device
 ) -> tuple[Float[Tensor, "b m m"], Bool[Tensor, "b"]]:
     particles = source.particles
-    images = torch.empty(len(index), preparation.box_px, preparation.box_px)
-    usable = torch.empty(len(index), dtype=torch.bool)
+    images = torch.empty(len(index), preparation.box_px, preparation.box_px, device=device)
+    usable = torch.empty(len(index), dtype=torch.bool, device=device)
     kinds = np.stack([particles.box_px[index], particles.pixel_size_angst[index]], 1)
     for kind in np.unique(kinds, axis=0):
         here = np.flatnonzero((kinds == kind).all(1))
         here = here[np.argsort(particles.stack_of[index[here]], kind="stable")]  # a stack after the other
-        n_at_once = max(1, PIXELS_AT_ONCE // int(kind[0]) ** 2)
+        n_at_once = max(1, PIXELS_AT_ONCE[device.type] // int(kind[0]) ** 2)
         for rows in np.split(here, range(n_at_once, len(here), n_at_once)):
             read = torch.from_numpy(source.read(index[rows]))
-            images[rows], usable[rows] = prepare(read, float(kind[1]), preparation)
+            place = run_of(rows)
+            images[place], usable[place] = prepare(_moved(read, device), float(kind[1]), preparation)
     return images, usable
 
 
-def prepared_images(
-    source: ImageSource, index: NDArray[np.intp], preparation: Preparation, chunk: int = CHUNK
-) -> Iterator[tuple[NDArray[np.intp], Float[Tensor, "b m m"], Bool[Tensor, "b"]]]:
-    """Chunks of particles ``index`` with their prepared images and whether each is usable.
-
-    The next chunk is read while the present one is used.
-    """
-    parts = [index[start : start + chunk] for start in range(0, len(index), chunk)]
-    with ThreadPoolExecutor(1) as reader:
-        pending = [reader.submit(_prepare_particles, source, part, preparation) for part in parts[:1]]
-        for number, part in enumerate(parts):
-            distributed.stop_if_asked()
-            began = time.monotonic()
-            images, usable = pending.pop().result()
-            source.waited_s += time.monotonic() - began
-            if number + 1 < len(parts):
-                pending.append(reader.submit(_prepare_particles, source, parts[number + 1], preparation))
-            yield part, images, usable
+def _moved(pixels: Num[Tensor, "b n n"], device: torch.device) -> Num[Tensor, "b n n"]:
+    """Images on a device; on their way to a GPU nobody waits for them."""
+    if device.type == "cuda":
+        return pixels.pin_memory().to(device, non_blocking=True)
+    return pixels

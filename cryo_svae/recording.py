@@ -8,6 +8,7 @@ and what else changes makes a recording of its own.
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
@@ -75,8 +76,13 @@ class Recorded:
 
     def _record(self, inputs: tuple[Tensor, ...]) -> _Recording:
         own = tuple(each.clone() for each in inputs)
-        torch.cuda.empty_cache()  # a recording holds memory of its own
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            result = self._work(*own)
+        gc.collect()  # a former graph that Python lets go of meanwhile would spoil this one
+        gc.disable()
+        try:
+            torch.cuda.empty_cache()  # a recording holds memory of its own
+            with torch.cuda.graph(graph, pool=self._pool):
+                result = self._work(*own)
+        finally:
+            gc.enable()
         return _Recording(graph, own, result)

@@ -38,7 +38,7 @@ from cryo_svae.job import CHECKPOINT, Job, digest, digest_of_stacks
 from cryo_svae.particles import ParticleSet, read_source
 from cryo_svae.preprocessing import Preparation
 from cryo_svae.report.page import write_report
-from cryo_svae.reporting import findings, gather
+from cryo_svae.reporting import Findings, findings, gather
 from cryo_svae.selection import read_job_particles
 from cryo_svae.training import EPOCH_COLUMNS, trains_in_bfloat16
 
@@ -91,7 +91,9 @@ def train(job: Job, particles: ParticleSet, plan: Plan) -> Checkpoint:
     job.write_config(plan.settings)
     for name, value in plan.settings.items():
         log.info("%-19s %s", name, value)
-    check_contrast(ImageSource(particles), plan.preparation)
+    device = pick_device(plan.settings["device"])
+    with job.timed("contrast"):
+        check_contrast(ImageSource(particles), plan.preparation, device)
     path = job.path(CHECKPOINT)
     if path.exists():
         checkpoint = load_checkpoint(path)
@@ -117,11 +119,14 @@ def train(job: Job, particles: ParticleSet, plan: Plan) -> Checkpoint:
                 row["seconds"],
             )
 
-    if trains_in_bfloat16(checkpoint.engine, pick_device(plan.settings["device"])):
+    if trains_in_bfloat16(checkpoint.engine, device):
         log.info("training multiplies matrices in bfloat16")
-    with job.timed("training"), _naming_the_checkpoint(path):
-        waited_s = fit_checkpoint(checkpoint, particles, plan, job.folder, on_epoch, job.before_batch)
-    job.note_waiting("training", waited_s)
+    with _naming_the_checkpoint(path):
+        waited_s = fit_checkpoint(
+            checkpoint, particles, plan, job.folder, on_epoch, job.before_batch, job.timed
+        )
+    for part, seconds in waited_s.items():
+        job.note_waiting(part, seconds)
     return checkpoint
 
 
@@ -137,9 +142,9 @@ def _naming_the_checkpoint(path: Path) -> Iterator[None]:
         raise TrainingError(f"{error}\n  The last good model, after epoch {epochs}, is {path}.") from error
 
 
-def check_contrast(images: ImageSource, preparation: Preparation) -> float:
+def check_contrast(images: ImageSource, preparation: Preparation, device: torch.device) -> float:
     """Mean of the particles' middle over its standard error; warns where the protein seems dark."""
-    score = contrast_score(images, preparation)
+    score = contrast_score(images, preparation, device)
     if score < -CONTRAST_SIGNIFICANCE:
         remedy = "use --no-invert" if preparation.invert else "add --invert"
         log.warning("the protein seems dark (%.0f standard errors): %s if so", score, remedy)
@@ -176,6 +181,30 @@ def write_estimates(
     with job.timed("averages"):
         classes, result = average_classes(checkpoint, source, table, n_classes, settings["seed"], device)
         found = findings(checkpoint, table, classes, result, device)
+    with job.timed("files"):
+        _write_files(job, particles, checkpoint, found, settings, device)
+    with job.timed("report"):
+        score = contrast_score(source, checkpoint.preparation, device)
+        page = gather(job, particles, checkpoint, found, settings, score, device)
+        write_report(job.path("report.html"), page)
+    log.info(
+        "%d classes of %d particles; open %s",
+        len(classes.centre),
+        int(table.usable.sum()),
+        job.path("report.html"),
+    )
+
+
+def _write_files(
+    job: Job,
+    particles: ParticleSet,
+    checkpoint: Checkpoint,
+    found: Findings,
+    settings: Mapping[str, Any],
+    device: torch.device,
+) -> None:
+    """Everything but the page."""
+    table, classes, result = found.table, found.classes, found.class_averages
     pixel_size_angst = checkpoint.preparation.pixel_size_angst
 
     def write(name: str, images: Float[Tensor, "k n n"]) -> None:
@@ -211,29 +240,20 @@ def write_estimates(
         particle_diameter_angst=checkpoint.preparation.mask_diameter_angst,
         use_ctf=checkpoint.use_ctf,
     )
-    with job.timed("report"):
-        score = contrast_score(source, checkpoint.preparation)
-        page = gather(job, particles, checkpoint, found, settings, score, device)
-        write_report(job.path("report.html"), page)
-    log.info(
-        "%d classes of %d particles; open %s",
-        len(classes.centre),
-        int(table.usable.sum()),
-        job.path("report.html"),
-    )
 
 
 def write_record(job: Job, particles: ParticleSet, settings: Mapping[str, Any]) -> None:
     """run.json, with what was read."""
     star = particles.star.path
     stacks = {str(info.path): info.path.stat().st_size for info in particles.stacks[:1000]}
-    inputs = {
-        "star": str(star),
-        "sha256": digest(star),
-        "particles": len(particles),
-        "stack_bytes": stacks,
-        "stacks_sha256": digest_of_stacks(particles.stacks),
-    }
+    with job.timed("digests"):
+        inputs = {
+            "star": str(star),
+            "sha256": digest(star),
+            "particles": len(particles),
+            "stack_bytes": stacks,
+            "stacks_sha256": digest_of_stacks(particles.stacks),
+        }
     if settings.get("passthrough"):
         other = Path(settings["passthrough"])
         inputs |= {"passthrough": str(other), "passthrough_sha256": digest(other)}
@@ -242,10 +262,11 @@ def write_record(job: Job, particles: ParticleSet, settings: Mapping[str, Any]) 
     job.write_record(inputs, settings, pick_device(settings["device"]))
 
 
-def load_particles(settings: Mapping[str, Any], source: str) -> ParticleSet:
+def load_particles(job: Job, settings: Mapping[str, Any], source: str) -> ParticleSet:
     """The particle set that the settings name, described in the log."""
     of_source = config.build(SourceConfig, settings, source)
-    particles = read_source(Path(settings["particles"]), of_source)
+    with job.timed("particle file"):
+        particles = read_source(Path(settings["particles"]), of_source)
     for line in describe(particles):
         log.info(line)
     return particles
@@ -253,7 +274,7 @@ def load_particles(settings: Mapping[str, Any], source: str) -> ParticleSet:
 
 def run(job: Job, settings: Mapping[str, Any], source: str) -> None:
     """Trains, estimates and writes everything: the whole job."""
-    particles = load_particles(settings, source)
+    particles = load_particles(job, settings, source)
     plan = plan_training(settings, particles, source)
     checkpoint = train(job, particles, plan)
     write_estimates(job, particles, checkpoint, plan.settings)
@@ -262,7 +283,7 @@ def run(job: Job, settings: Mapping[str, Any], source: str) -> None:
 
 def train_only(job: Job, settings: Mapping[str, Any], source: str) -> None:
     """Trains and leaves model.pt."""
-    particles = load_particles(settings, source)
+    particles = load_particles(job, settings, source)
     plan = plan_training(settings, particles, source)
     train(job, particles, plan)
     write_record(job, particles, plan.settings)
@@ -271,7 +292,7 @@ def train_only(job: Job, settings: Mapping[str, Any], source: str) -> None:
 def estimate_only(job: Job, settings: Mapping[str, Any], source: str) -> None:
     """Estimates a particle set, perhaps another one, with a trained model."""
     checkpoint = load_checkpoint(Path(settings["model"]))
-    particles = load_particles(settings, source)
+    particles = load_particles(job, settings, source)
     check_fits(particles, checkpoint)
     of_compute = config.build(ComputeConfig, settings, source)
     of_output = config.build(OutputConfig, settings, source)

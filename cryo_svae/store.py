@@ -137,6 +137,7 @@ def build_store(
     Outliers are images of more than ten times the median's mean square: the noise that an engine learns
     is a mean over all images, which one image with a hot pixel can spoil for all.
 
+    device:  where the engine is, and images are prepared.
     scratch: folder for the half-precision file that takes what exceeds ``IN_MEMORY_BYTES``. The
     file has no name, so nothing is left behind however the program ends.
     """
@@ -146,14 +147,14 @@ def build_store(
     filled = 0
     energy = torch.zeros(len(particles), dtype=torch.float64)
     own = np.arange(len(particles))[distributed.block(len(particles))]
-    for index, images, usable in prepared_images(source, own, preparation):
+    for index, images, usable in prepared_images(source, own, preparation, device=device):
         kept = engine.represent(images[usable]).detach()
         if image is None:
             image = _allocate((len(own), *kept.shape[1:]), scratch, device)
         most = torch.finfo(image.dtype).max  # a hot pixel may be beyond half precision
         image[filled : filled + len(kept)] = kept.clamp(-most, most)
-        rows.append(index[usable.numpy()])
-        energy[rows[-1]] = images[usable].square().mean((1, 2)).double()
+        rows.append(index[usable.cpu().numpy()])
+        energy[rows[-1]] = images.square().mean((1, 2))[usable].double().cpu()
         filled += len(kept)
     usable_of_all = torch.zeros(len(particles), dtype=torch.long)
     n_held = torch.zeros(distributed.world(), dtype=torch.long)

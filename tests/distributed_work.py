@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cryo_svae import distributed, estimation
+from cryo_svae import distributed, estimation, preprocessing
 from cryo_svae.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cryo_svae.fitting import Plan, fit_checkpoint, new_checkpoint, plan_training
 from cryo_svae.images import ImageSource
 from cryo_svae.particles import ParticleSet, read_particles
 
-estimation.CHUNK = 16  # so that every process has some
+preprocessing.CHUNK_BYTES = 16 * 4 * 16**2  # 16 particles, so that every process has some
 
 # Of 88 usable particles 70 are trained on: batches of 34, 34 and 2, of which some ranks hold none.
 SETTINGS = {

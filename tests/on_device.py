@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 GPU = torch.device("cuda", 0)
+MEMORY = 80 * 2**30  # of the GPU, bytes
 DEVICE_TYPES, CUDA, META = 32, 1, 14  # numbers of c10::DeviceType
 
 Thing = TypeVar("Thing")
@@ -28,8 +30,8 @@ Thing = TypeVar("Thing")
 def _stand_in_for_cuda() -> None:
     """Has a CPU build of torch ask the meta device, which does nothing, what it would ask CUDA.
 
-    Autograd's graph and Python's indexing look up the current device and stream of each tensor; without CUDA
-    there is nobody to answer.
+    Autograd's graph and Python's indexing look up the current device and stream of each tensor; without
+    CUDA there is nobody to answer.
     """
     library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libc10.*"))))
     guards = (ctypes.c_void_p * DEVICE_TYPES).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
@@ -77,7 +79,9 @@ def _gradients(outputs: list[Tensor], gradients: list[Tensor]) -> dict[Tensor, T
         call = node.apply if isinstance(node, torch.autograd.function.BackwardCFunction) else node
         given = call(*received)
         given = given if isinstance(given, tuple) else (given,)
-        if len(given) > len(node.next_functions):  # a function of ours, some of whose arguments are no tensors
+        if len(given) > len(
+            node.next_functions
+        ):  # a function of ours, some of whose arguments are no tensors
             given = tuple(each for each in given if each is not None)
         for (other, place), gradient in zip(node.next_functions, given, strict=True):
             add(other, place, gradient)
@@ -122,9 +126,11 @@ class FakeGpu:
 def fake_gpu() -> Iterator[FakeGpu]:
     """While this lasts every new tensor is fake, and ``cuda`` is a device to put it on."""
     _stand_in_for_cuda()
+    card = SimpleNamespace(total_memory=MEMORY)
     with (
         FakeTensorMode(),
         mock.patch.object(Tensor, "backward", _backward),
         mock.patch.object(torch.autograd, "grad", _grad),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=card),
     ):
         yield FakeGpu()

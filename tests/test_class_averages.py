@@ -12,6 +12,9 @@ import torch
 from cryo_svae import geometry
 from cryo_svae.class_averages import (
     ClassAverages,
+    HalfPlane,
+    Members,
+    Sums,
     aligned_spectra,
     class_averages,
     crossing_ring,
@@ -19,9 +22,9 @@ from cryo_svae.class_averages import (
     ring_correlation,
     turned_ctf,
 )
-from cryo_svae.class_averages import _HalfPlane as HalfPlane
 from cryo_svae.ctf import ctf_2d, ctf_at
 from cryo_svae.estimation import EstimateTable
+from cryo_svae.formats.mrc import read_images, write_stack
 from cryo_svae.formats.star import read_star, write_star
 from cryo_svae.images import ImageSource
 from cryo_svae.particles import read_particles
@@ -124,7 +127,7 @@ def test_aligned_spectra_are_those_of_aligned_images():
     psi, origin = torch.tensor([0.4, -2.0, 3.0]), torch.tensor([[1.3, -0.6], [0.0, 2.0], [-1.7, 0.2]])
     images = render(beads, weights, 1.5, psi, origin, BOX)
     straight = render(beads, weights, 1.5, torch.zeros(3), torch.zeros(3, 2), BOX)
-    spectra = aligned_spectra(images, psi, origin, plane.point)
+    spectra = aligned_spectra(images, psi, origin, plane)
     error = (spectra - plane.spectrum(straight)).abs().max() / plane.spectrum(straight).abs().max()
     assert error < 0.02
 
@@ -183,6 +186,62 @@ def test_wiener_s_filter_brings_the_average_nearer_the_truth(tmp_path):
     truth = references(1)[0].numpy()
     filtered, plain = (correlation(x, truth) for x in (result.image[0], result.half[0].mean(0)))
     assert 1.0 - filtered < 0.7 * (1.0 - plain)
+
+
+def test_the_outermost_ring_is_sampled_as_every_other(tmp_path):
+    """At pose 0 the spectrum is that of the image; at half a turn, its conjugate."""
+    plane = HalfPlane(BOX, CPU)
+    images = torch.randn(2, BOX, BOX) * plane.window
+    none = torch.zeros(2)
+    plain = aligned_spectra(images, none, torch.zeros(2, 2), plane)
+    torch.testing.assert_close(plain, plane.spectrum(images * plane.window), rtol=1e-4, atol=1e-3)
+    turned = aligned_spectra(images, none + math.pi, torch.zeros(2, 2), plane)
+    torch.testing.assert_close(turned, plain.conj(), rtol=1e-3, atol=2e-3)
+
+
+def test_images_that_are_no_longer_usable_have_no_part_in_an_average(tmp_path):
+    source, table, number = make_set(tmp_path, n=40, snr=5.0, defocus=(10000.0, 20000.0))
+    usable = np.arange(40) % 4 > 0
+    without = average(source, dataclasses.replace(table, usable=usable), number, use_ctf=True)
+    stack = source.particles.stacks[0].path
+    images = read_images(stack, np.arange(40))
+    images[~usable] = np.nan
+    write_stack(stack, images, pixel_size_angst=SIZE)
+    subset = half_sets(source.particles, usable, number, 0)
+    halves = {"rlnRandomSubset": [str(1 + k) for k in subset.tolist()]}
+    write_star(
+        tmp_path / "s.star", read_star(source.particles.star.path), block="particles", columns=halves
+    )
+    spoilt = ImageSource(read_particles(tmp_path / "s.star"))
+    with_nan = average(spoilt, table, number, use_ctf=True)
+    np.testing.assert_allclose(with_nan.image, without.image, atol=1e-5)
+
+
+def test_sums_are_in_double_precision_and_of_repeats_too():
+    """Batches of any size and with many particles of a class give what adding one after the other does."""
+    generator = torch.Generator().manual_seed(2)
+    images, row = torch.randn(40, 16, 16, generator=generator), torch.arange(40) // 3 % 3
+    members = Members(
+        row, torch.rand(40, generator=generator), torch.rand(40, 2, generator=generator), None
+    )
+    usable, plane = torch.ones(40, dtype=torch.bool), HalfPlane(16, CPU)
+    at_once, singly = Sums(4, plane), Sums(4, plane)
+    at_once.add(images, usable, members)
+    for k in range(40):
+        singly.add(images[k : k + 1], usable[k : k + 1], members[k : k + 1])
+    torch.testing.assert_close(at_once.signal, singly.signal, rtol=1e-5, atol=1e-5)
+    assert at_once.power[:, 0].tolist() == singly.power[:, 0].tolist() == [15, 13, 12, 0]
+    many = Sums(1, plane)
+    many.signal += 2.0**30  # of which float32 would not tell the rest
+    many.add(images[:1], usable[:1], Members(row[:1], members.psi_rad[:1], members.origin_px[:1], None))
+    torch.testing.assert_close(
+        many.signal[0] - 2.0**30, singly_one(images[0], members, plane), atol=1e-5, rtol=0
+    )
+
+
+def singly_one(image: torch.Tensor, members: Members, plane: HalfPlane) -> torch.Tensor:
+    one = aligned_spectra(image[None], members.psi_rad[:1], members.origin_px[:1], plane)
+    return one[0].to(torch.complex128)
 
 
 def test_empty_and_tiny_classes_give_finite_images_and_no_resolution(tmp_path):

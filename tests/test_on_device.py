@@ -95,3 +95,15 @@ def test_a_wait_and_a_mixed_device_are_seen():
             values[values > 0]
         with pytest.raises(Exception, match="_local_scalar_dense"):
             bool(values.sum() > 0)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("ctf", [False, True])
+@pytest.mark.parametrize("shift_px", [0.0, 2.0])
+def test_estimation(name, ctf, shift_px):
+    engine, store = made(name, ctf=ctf, shift_px=shift_px)
+    with fake_gpu() as gpu:
+        engine, store = moved(gpu, engine, store)
+        batch = store.batch_of(gpu.tensor(5, dtype=torch.long))
+        found = engine.eval().infer(batch)
+        assert {values.device for values in vars(found).values()} == {GPU}

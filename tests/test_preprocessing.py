@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 import torch
 
-from cryo_svae import geometry
+from cryo_svae import geometry, preprocessing
 from cryo_svae.config import PreparationConfig
 from cryo_svae.errors import InputError
+from cryo_svae.formats.mrc import write_stack
 from cryo_svae.images import ImageSource
 from cryo_svae.particles import read_particles
 from cryo_svae.preprocessing import (
@@ -132,6 +135,65 @@ def test_chunks_come_in_order(make_dataset):
     assert np.concatenate([part for part, _, _ in parts]).tolist() == index.tolist()
     [(_, whole, _)] = prepared_images(source, index, plan)
     torch.testing.assert_close(torch.cat([images for _, images, _ in parts]), whole)
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [(0, "i1"), (1, "i2"), (2, "f4"), (6, "u2"), (12, "f2")])
+def test_whatever_type_a_stack_has_its_images_are_prepared_as_in_float32(make_dataset, mode, dtype):
+    """A half of the particles is in a stack of another type, at numbers that both types hold."""
+    counts = np.random.default_rng(1).integers(0, 100, (6, 16, 16))
+    star = make_dataset(6, images=counts.astype("f4"))
+    whole = cat_prepared(read_particles(star))
+    names = image_names(3) + image_names(3, "other.mrcs")
+    star = make_dataset(6, images=counts[:3].astype("f4"), particles={"rlnImageName": names})
+    write_stack(star.parent / "other.mrcs", counts[3:].astype("f4"), pixel_size_angst=2.5)
+    header = bytearray((star.parent / "other.mrcs").read_bytes()[:1024])
+    struct.pack_into("<i", header, 12, mode)
+    (star.parent / "other.mrcs").write_bytes(bytes(header) + counts[3:].astype(f"<{dtype}").tobytes())
+    particles = read_particles(star)
+    assert ImageSource(particles).read(np.arange(3, 6)).dtype == np.dtype(dtype)
+    torch.testing.assert_close(cat_prepared(particles), whole, rtol=0, atol=1e-6)
+
+
+def cat_prepared(particles) -> torch.Tensor:
+    plan = plan_preparation(particles, PreparationConfig(), 64)
+    [(_, prepared, usable)] = prepared_images(ImageSource(particles), np.arange(len(particles)), plan)
+    assert usable.all()
+    return prepared
+
+
+def test_chunks_are_of_one_size_in_bytes(make_dataset, monkeypatch):
+    particles = read_particles(make_dataset(7))
+    monkeypatch.setattr(preprocessing, "CHUNK_BYTES", 3 * 4 * 16 * 16 + 5)
+    plan = plan_preparation(particles, PreparationConfig(), 64)
+    assert [len(part) for part, _, _ in prepared_images(ImageSource(particles), np.arange(7), plan)] == [
+        3,
+        3,
+        1,
+    ]
+
+
+def test_several_readers_give_the_same_and_end_at_the_first_error(make_dataset, monkeypatch):
+    particles = read_particles(make_dataset(40))
+    plan = plan_preparation(particles, PreparationConfig(), 64)
+    index = np.random.default_rng(0).permutation(40)
+    whole = torch.cat([images for _, images, _ in prepared_images(ImageSource(particles), index, plan)])
+    monkeypatch.setitem(preprocessing.READERS, "cpu", 4)
+    reads = []
+    source = ImageSource(particles, lambda: reads.append(len(reads)))
+    parts = list(prepared_images(source, index, plan, chunk=3))
+    assert np.concatenate([part for part, _, _ in parts]).tolist() == index.tolist()
+    torch.testing.assert_close(torch.cat([images for _, images, _ in parts]), whole, rtol=0, atol=1e-5)
+    assert len(reads) == 14
+
+    def stop() -> None:
+        if len(reads) > 17:
+            raise KeyboardInterrupt
+        reads.append(0)
+
+    chunks = prepared_images(ImageSource(particles, stop), index, plan, chunk=3)
+    with pytest.raises(KeyboardInterrupt):
+        list(chunks)
+    assert len(reads) == 18
 
 
 def test_the_ctf_follows_the_working_pixel_size(make_dataset):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import yaml
 
 from benchmarks.kills import run as run_alone
 from cryo_svae.cli import main
+from cryo_svae.images import ImageSource
 from tests.test_cli import QUICK
 
 NAMES = ("particles.star", "latents.h5", "decoded.mrcs", "classes.mrcs", "traversal_z1.mrcs")
@@ -53,13 +55,29 @@ def test_a_job_repeats_from_its_own_settings(make_dataset, tmp_path, command):
 
 
 @pytest.mark.parametrize("engine", ["steerable", "coordinate"])
-def test_the_record_says_how_long_training_waited_for_images(make_dataset, tmp_path, engine):
-    job = tmp_path / "job"
+def test_the_record_says_how_long_each_part_took_and_waited_for_images(
+    make_dataset, tmp_path, monkeypatch, engine
+):
+    read, job = ImageSource.read, tmp_path / "job"
+
+    def slow(self, index):
+        time.sleep(0.05)
+        return read(self, index)
+
+    monkeypatch.setattr(ImageSource, "read", slow)
     settings = ["--engine", engine, "--epochs", "1", "--device", "cpu"]
-    assert main(["train", str(make_dataset(40)), "--out", str(job), *settings]) == 0
+    assert main(["run", str(make_dataset(40)), "--out", str(job), *settings]) == 0
     seconds = json.loads((job / "run.json").read_text())["seconds"]
-    assert 0 < seconds["training, waiting for images"] < seconds["training"]
-    assert "training waited for images" in (job / "run.log").read_text()
+    said = (job / "run.log").read_text()
+    for part in ("preparing", "estimation"):
+        assert 0.04 < seconds[f"{part}, waiting for images"] < seconds[part]
+    assert 0 <= seconds["training, waiting for images"] < seconds["training"]
+    for part in ("preparing", "training", "estimation"):
+        assert f"{part} waited for images" in said
+    parts = [spent for name, spent in seconds.items() if "," not in name and name != "job"]
+    assert 0.5 * seconds["job"] < sum(parts) <= seconds["job"] + 0.01
+    assert {"particle file", "contrast", "averages", "files", "report", "digests"} < seconds.keys()
+    assert f"time: particle file {seconds['particle file']:.1f} s, " in said
 
 
 def test_the_record_holds_versions_settings_and_what_was_read(make_dataset, tmp_path):

@@ -39,7 +39,8 @@ def star(make_dataset) -> Path:
 def built(star: Path, engine: str, folder: Path) -> TrainingStore:
     particles = read_particles(star)
     plan = plan_training({**SETTINGS, "engine": engine}, particles, "the test")
-    return build_store(new_checkpoint(plan).engine, ImageSource(particles), plan.preparation, False, folder)
+    source, engine_ = ImageSource(particles), new_checkpoint(plan).engine
+    return build_store(engine_, source, plan.preparation, False, folder, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("engine", ["steerable", "coordinate"])

@@ -12,6 +12,7 @@ from cryo_svae.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cryo_svae.errors import InputError, TrainingError
 from cryo_svae.models import ENGINES
 from cryo_svae.models.coordinate import CoordinateConfig, CoordinateEngine
+from cryo_svae.models.engine import FEWEST_STEPS
 from cryo_svae.preprocessing import Preparation
 from cryo_svae.store import TrainingStore
 from cryo_svae.training import Schedule, fit, learning_rate, split_held_out, trains_in_bfloat16
@@ -48,6 +49,24 @@ def weights(checkpoint: Checkpoint) -> torch.Tensor:
 
 def ignore(_: Checkpoint) -> None:
     pass
+
+
+def test_a_gpu_gets_larger_batches_where_steps_and_memory_allow():
+    defaults = ENGINES["steerable"][0].training_defaults
+    memory = 80 * 2**30
+    sizes = [defaults.batch_on_gpu(n, 128, memory) for n in (250_000, 1_000_000, 10_000_000, 10**9)]
+    assert sizes == [128, 512, 2048, 2048]
+    assert all(n // b >= FEWEST_STEPS for n, b in zip((1_000_000, 10_000_000), sizes[1:], strict=False))
+    assert (
+        defaults.batch_on_gpu(10**9, 256, 8 * 2**30) < defaults.batch_on_gpu(10**9, 128, 8 * 2**30) < 2048
+    )
+    assert ENGINES["coordinate"][0].training_defaults.batch_on_gpu(10**9, 40, memory) == 100
+
+
+def test_the_learning_rate_grows_with_the_square_root_of_the_batch():
+    defaults = ENGINES["steerable"][0].training_defaults
+    assert defaults.learning_rate_for(512) == pytest.approx(2.0 * defaults.learning_rate_for(128))
+    assert defaults.learning_rate_for(8) == defaults.learning_rate
 
 
 @pytest.mark.parametrize("one_cycle", [False, True])

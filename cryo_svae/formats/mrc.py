@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from io import BufferedIOBase
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from mrcfile.dtypes import HEADER_DTYPE
@@ -36,6 +37,7 @@ _REFUSED_MODES = {3: "complex 16-bit integers", 4: "complex numbers", 101: "4-bi
 _MODES = {*_DTYPES, *_REFUSED_MODES}
 _IMOD_STAMP = 1146047817
 _NOT_MRC = "give an MRC file (.mrcs, .mrc, .map; also .gz or .bz2)."
+_decompressing = Lock()
 _REWRITE = "copy the file again from its source, or write it again with the program it came from."
 
 
@@ -82,10 +84,16 @@ def read_stack_info(path: Path) -> StackInfo:
 
 
 def read_images(path: Path, indices: NDArray[np.intp]) -> NDArray[np.float32]:
+    """``read_pixels`` in float32."""
+    return read_pixels(path, indices).astype(np.float32, copy=False)
+
+
+def read_pixels(path: Path, indices: NDArray[np.intp]) -> NDArray[np.generic]:
     """Images (k, h, w) of a stack by 0-based indices, in their order, repeats included.
 
-    Of a plain file only these images are read. A compressed file is decompressed whole, and the last
-    one is kept. Raises InputError as ``read_stack_info``, or where there is no such image.
+    Of the stack's own type, in the machine's byte order. Of a plain file only these images are read,
+    each run of neighbours at once. A compressed file is decompressed whole, and the last one is kept.
+    Raises InputError as ``read_stack_info``, or where there is no such image.
     """
     path = Path(path)
     with _opened(path) as (file, n_bytes):
@@ -93,16 +101,29 @@ def read_images(path: Path, indices: NDArray[np.intp]) -> NDArray[np.float32]:
         _check_indices(layout.info, indices)
         if n_bytes is None:
             status = path.stat()
-            return _decompressed(path, status.st_mtime_ns, status.st_size)[indices].astype(np.float32)
-        height, width = layout.info.height_px, layout.info.width_px
-        images = np.empty((len(indices), height, width), np.float32)
-        raw = np.empty((height, width), layout.dtype)
-        for image, index in zip(images, np.asarray(indices).tolist(), strict=True):
-            file.seek(layout.offset + index * layout.image_bytes)
-            if file.readinto(raw.data.cast("B")) != layout.image_bytes:
-                raise _cut_short(layout, f"the file's end inside image {index + 1}")
-            image[:] = raw
-        return images
+            with _decompressing:  # or each of several readers would do it
+                images = _decompressed(path, status.st_mtime_ns, status.st_size)[indices]
+        else:
+            images = _read_runs(layout, file, np.asarray(indices, np.intp))
+    return images.astype(images.dtype.newbyteorder("="), copy=False)
+
+
+def _read_runs(layout: _Layout, file: BufferedIOBase, indices: NDArray[np.intp]) -> NDArray[np.generic]:
+    info = layout.info
+    images = np.empty((len(indices), info.height_px, info.width_px), layout.dtype)
+    breaks = np.flatnonzero(np.diff(indices) != 1) + 1
+    starts, stops = [0, *breaks.tolist()], [*breaks.tolist(), len(indices)]
+    for start, stop in zip(starts, stops, strict=True):
+        if start < stop:
+            first = int(indices[start])
+            file.seek(layout.offset + first * layout.image_bytes)
+            wanted = images[start:stop].view(np.uint8).data.cast("B")
+            n_read = file.readinto(wanted)
+            if n_read != len(wanted):
+                raise _cut_short(
+                    layout, f"the file's end inside image {first + n_read // layout.image_bytes + 1}"
+                )
+    return images
 
 
 @contextmanager

@@ -95,7 +95,13 @@ class CoordinateEngine(Engine):
     """
 
     training_defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
-        epochs=(20, 200), images=500_000, batch_size=100, learning_rate=1e-4, schedule="constant"
+        epochs=(20, 200),
+        images=500_000,
+        batch_size=100,
+        learning_rate=1e-4,
+        schedule="constant",
+        largest_batch=100,  # the paper's
+        batch_bytes=8000,
     )
     largest_box_px: ClassVar[int] = 64
 

@@ -133,13 +133,18 @@ class Posterior:
         return Posterior(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
+FEWEST_STEPS = 1500  # of a training whose batches are made larger for a GPU
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingDefaults:
     """What an engine trains best with, where the user says nothing.
 
-    epochs:   fewest and most passes over the particles.
-    images:   images to be seen in all, within these bounds.
-    schedule: "constant" learning rate, or "one-cycle" (up over the first 30 %, then down to 0).
+    epochs:        fewest and most passes over the particles.
+    images:        images to be seen in all, within these bounds.
+    schedule:      "constant" learning rate, or "one-cycle" (up over the first 30 %, then down to 0).
+    largest_batch: on a GPU, which few particles leave idle, where steps enough are left.
+    batch_bytes:   memory that a step takes for each pixel of each particle, about.
     """
 
     epochs: tuple[int, int]
@@ -147,11 +152,30 @@ class TrainingDefaults:
     batch_size: int
     learning_rate: float
     schedule: Literal["constant", "one-cycle"]
+    largest_batch: int
+    batch_bytes: int
 
     def epochs_for(self, n_particles: int) -> int:
         """Passes over n particles."""
         fewest, most = self.epochs
         return min(most, max(fewest, math.ceil(self.images / n_particles)))
+
+    def batch_on_gpu(self, n_images: int, box_px: int, memory_bytes: int) -> int:
+        """Particles in a step of a training that sees so many images, on a GPU with so much memory.
+
+        Twice as many as long as ``FEWEST_STEPS`` steps are left and a quarter of the memory holds them.
+        """
+        batch, room = self.batch_size, memory_bytes / 4 / (self.batch_bytes * box_px**2)
+        while 2 * batch <= min(self.largest_batch, n_images / FEWEST_STEPS, room):
+            batch *= 2
+        return batch
+
+    def learning_rate_for(self, batch_size: int) -> float:
+        """The (peak) learning rate; of larger batches, whose gradients are surer, by their square root.
+
+        Malladi et al. 2022, On the SDEs and scaling rules for adaptive gradient algorithms.
+        """
+        return self.learning_rate * math.sqrt(max(1.0, batch_size / self.batch_size))
 
 
 class Engine(nn.Module, ABC):

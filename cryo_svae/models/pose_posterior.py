@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Complex, Float
@@ -49,21 +50,28 @@ class Look:
     """b particles centred by each of t trial origins, ready to be compared with generated content.
 
     spectra: coefficients of h y / sigma² centred by each trial origin, by order.
-    power:   h² / sigma² on the polar samples (b, rings, angles), or (b, rings, 1) without astigmatism.
-    n_psi:   number of rotations, at least the number of polar angles.
+    power:   h² / sigma² on the polar samples of half a turn (b, rings, h), the other half being the same,
+             or (b, rings, 1) without astigmatism.
+    n_psi:   number of rotations, at least the number of polar angles; even.
     """
 
     polar: PolarTransform
     spectra: Complex[Tensor, "b o t r"]
-    power: Float[Tensor, "b r a"]
+    power: Float[Tensor, "b r h"]
     n_psi: int
+
+    @cached_property
+    def _power_spectrum(self) -> Complex[Tensor, "b r e"]:
+        """Fourier series of the power over half a turn: even orders alone."""
+        spectrum: Tensor = torch.fft.rfft(self.power)
+        return spectrum
 
     def inner(self, content: Float[Tensor, "b k 2 p"]) -> Float[Tensor, "b k t n"]:
         """<S_o h y / sigma², R_psi c> of k contents for every trial origin o and psi."""
-        conj = torch.conj_physical(self.polar.by_order(content)).permute(0, 2, 3, 1)
-        by_order = (self.spectra @ conj).permute(0, 3, 2, 1).conj()
-        by_order[..., 1:] *= 0.5
-        scores: Tensor = torch.fft.irfft(by_order, n=self.n_psi, norm="forward")
+        # irfft takes each order above 0 for two
+        one_sided = self.polar.by_order(content * self.polar.one_sided)
+        by_order = self.spectra @ torch.conj_physical(one_sided).permute(0, 2, 3, 1)
+        scores: Tensor = torch.fft.irfft(by_order.permute(0, 3, 2, 1).conj(), n=self.n_psi, norm="forward")
         return scores
 
     def energy(self, content: Float[Tensor, "b k 2 p"]) -> Float[Tensor, "b k n"]:
@@ -73,10 +81,13 @@ class Look:
             everywhere: Tensor = squared @ self.power[:, self.polar.ring]
             return everywhere
         samples = self.polar.samples(content.flatten(0, 1)).unflatten(0, content.shape[:2])
-        squared = torch.fft.rfft(samples.square(), norm="forward")
-        power = torch.fft.rfft(self.power, norm="forward")[:, None]
-        energy: Tensor = torch.fft.irfft((power.conj() * squared).sum(2), n=self.n_psi, norm="forward")
-        return energy
+        # the power repeats after half a turn, so that of the square only what repeats counts
+        here, opposite = samples.chunk(2, -1)
+        squared = torch.fft.rfft(here.square().addcmul_(opposite, opposite))
+        product = (self._power_spectrum.conj()[:, None] * squared).sum(2)
+        scale = 0.5 / self.power.shape[-1] ** 2
+        half_turn: Tensor = torch.fft.irfft(product, n=self.n_psi // 2, norm="forward") * scale
+        return half_turn.repeat(1, 1, 2)
 
     def filtered(
         self, content: Float[Tensor, "b k 2 p"], psi_probability: Float[Tensor, "b n"]
@@ -84,11 +95,13 @@ class Look:
         """Posterior mean of h² c / sigma² of k contents in the reference's frame."""
         if self.power.shape[-1] == 1:
             return self.power[:, None, None, self.polar.ring, 0] * content
-        spectrum = torch.fft.rfft(self.power)
-        turn = torch.fft.rfft(psi_probability)[:, None, : spectrum.shape[-1]]
-        power = torch.fft.irfft(spectrum * turn, n=self.power.shape[-1])[:, None]
+        spectrum, n_half = self._power_spectrum, self.power.shape[-1]
+        half_turn = psi_probability.unflatten(-1, (2, -1)).sum(-2)
+        turn = torch.fft.rfft(half_turn)[:, None, : spectrum.shape[-1]]
+        power = torch.fft.irfft(spectrum * turn, n=n_half)[:, None, :, None]
         samples = self.polar.samples(content.flatten(0, 1)).unflatten(0, content.shape[:2])
-        seen = self.polar.spectra((power * samples).flatten(0, 1))
+        product = (power * samples.unflatten(-1, (2, -1))).flatten(-2)
+        seen = self.polar.spectra(product.flatten(0, 1))
         packed: Tensor = self.polar.pack(seen).unflatten(0, content.shape[:2])
         return packed
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from cryo_svae.geometry import wrap_radians
 from cryo_svae.models.engine import Batch, Posterior
@@ -29,46 +29,80 @@ from cryo_svae.models.refinement import (
 
 if TYPE_CHECKING:
     from cryo_svae.models.steerable import SteerableEngine
+    from cryo_svae.polar import PolarTransform
 
 COARSE_STEP_PX = 1.5  # of the first search of origins
 STEP_STD = 1.4  # steps between origins, in standard deviations: sums over a Gaussian are right to 1e-4
 FINE_DISC = 2.3  # radius of the last grid of origins, in steps: it holds all but 1 % of the posterior
 FINE_STEP_PX = (0.15, 1.0)  # least and greatest such step
 FINER_ANGLES = 2  # times as many rotations are summed over in inference as in training
-PIECE = 2**22  # scores held at a time; more of them leave the processor's cache
+PIECE = 2**22  # scores held at a time on a CPU; more of them leave the processor's cache
+GPU_SHARE = 0.25  # of its memory, for a piece
+COPIES = 6  # of its largest arrays that a search holds at a time
 
 
-class PosteriorSearch:
-    """Finds posteriors of batches of particles for one engine."""
+class PosteriorSearch(nn.Module):
+    """Finds posteriors of batches of particles for one engine; holds what is the same for all of them.
+
+    points:  importance points.
+    coarse:  the transform that origins are first searched with.
+    widest, wide, fine: grids of origins of the searches, in steps.
+    """
+
+    engine: SteerableEngine
+    coarse: PolarTransform
+    points: Tensor
+    widest: Tensor
+    wide: Tensor
+    fine: Tensor
 
     def __init__(self, engine: SteerableEngine) -> None:
-        self.engine = engine
-        self.points = importance_points(engine.z_dim).to(engine.noise_variance)
+        super().__init__()
+        object.__setattr__(self, "engine", engine)  # whose part this is
         self.coarse = engine.coarser(math.ceil(engine.box_px / (4.0 * COARSE_STEP_PX)))
+        radii = {
+            "widest": engine.config.max_shift_px / COARSE_STEP_PX,
+            "wide": 2.0 if engine.shifts else 0.0,
+            "fine": FINE_DISC if engine.shifts else 0.0,
+        }
+        for name, radius in radii.items():
+            self.register_buffer(name, disc_of_points(radius, torch.device("cpu")), persistent=False)
+        self.register_buffer("points", importance_points(engine.z_dim), persistent=False)
+        self.to(engine.noise_variance.device)
 
     def posterior(self, batch: Batch) -> Posterior:
         """Posterior of each particle."""
-        fine = disc_of_points(FINE_DISC if self.engine.shifts else 0.0, torch.device("cpu"))
-        n_poses = len(fine) * FINER_ANGLES * self.engine.polar.n_angles
-        n_each = max(1, PIECE // (n_poses * max(len(self.points), self.engine.z_dim)))
-        turns = torch.zeros(len(batch), dtype=torch.bool)
-        if batch.ctf is not None:  # apart, so that no particle's CTF is treated by its neighbours'
+        rows = [torch.arange(len(batch))]
+        if batch.ctf is not None and batch.astigmatic is None:
+            # apart, so that no particle's CTF is treated by its neighbours'
             turns = batch.ctf.astigmatic.cpu()
-        order = torch.cat([(~turns).nonzero()[:, 0], turns.nonzero()[:, 0]])
-        pieces = [
-            piece
-            for kind in order.split([int((~turns).sum()), int(turns.sum())])
-            for piece in kind.split(n_each)
-        ]
-        found = Posterior.cat([self._posterior(batch[piece]) for piece in pieces if len(piece)])
-        back = torch.argsort(order)
+            rows = [kind.nonzero()[:, 0] for kind in (~turns, turns)]
+        pieces = [piece for kind in rows for piece in kind.split(self._n_at_once()) if len(piece)]
+        if len(pieces) == 1:
+            return self._posterior(batch)
+        found = Posterior.cat([self._posterior(batch[piece]) for piece in pieces])
+        if len(rows) == 1:
+            return found
+        back = torch.argsort(torch.cat(rows))
         return Posterior(**{name: values[back.to(values.device)] for name, values in vars(found).items()})
+
+    def _n_at_once(self) -> int:
+        """Particles in a piece."""
+        engine = self.engine
+        n_psi = FINER_ANGLES * engine.polar.n_angles
+        n_scores = len(self.fine) * n_psi * max(len(self.points), engine.z_dim)
+        if engine.noise_variance.device.type != "cuda":
+            return max(1, PIECE // n_scores)
+        n_coarse = len(engine.known_z) * len(self.widest) * FINER_ANGLES * self.coarse.n_angles
+        n_spectra = 2 * engine.polar.n_rings * engine.polar.n_angles * len(self.fine)
+        bytes_each = 4 * COPIES * max(n_scores, n_coarse, n_spectra)
+        memory = torch.cuda.get_device_properties(engine.noise_variance.device).total_memory
+        return max(1, int(GPU_SHARE * memory / bytes_each))
 
     def _posterior(self, batch: Batch) -> Posterior:
         engine = self.engine
         here, z, step_px = self._first_guess(batch)
-        disc = FINE_DISC if engine.shifts else 0.0
-        origins, look, log_prior, z = self._look_around(batch, here, z, step_px, disc)
+        origins, look, log_prior, z = self._look_around(batch, here, z, step_px, self.fine)
         mode, curvature = newton_mode(z, lambda at: self._local_model(at, look, log_prior))
         root = root_covariance(curvature - self._missing_information(mode, look, log_prior))
         at = mode[:, None] + self.points @ root.mT
@@ -118,7 +152,7 @@ class PosteriorSearch:
         step_px = torch.full_like(here[:, 0], COARSE_STEP_PX / 2.0 if engine.shifts else 0.0)
         finest = (COARSE_STEP_PX / 4.0, FINE_STEP_PX[0]) if engine.shifts else ()
         for finest_px in finest:
-            origins, look, log_prior, z = self._look_around(batch, here, z, step_px, 2.0)
+            origins, look, log_prior, z = self._look_around(batch, here, z, step_px, self.wide)
             pose = look.posterior(engine.generator(z), log_prior)
             here, variance = mean_origin(pose.probability.sum(-1), origins)
             here = engine.within_reach(here)
@@ -131,11 +165,11 @@ class PosteriorSearch:
         here: Float[Tensor, "b 2"],
         z: Float[Tensor, "b d"],
         step_px: Float[Tensor, "b"],
-        disc: float,
+        disc: Float[Tensor, "t 2"],
     ) -> tuple[Float[Tensor, "b t 2"], Look, Float[Tensor, "b t"], Float[Tensor, "b d"]]:
-        """Origins on a disc of a radius in steps, the particles there, log priors, and the better z."""
+        """Origins on a disc in steps, the particles there, log priors, and the better z."""
         engine = self.engine
-        offsets = disc_of_points(disc, here.device) * step_px[:, None, None]
+        offsets = disc * step_px[:, None, None]
         origins = here[:, None] + offsets
         look, restored = engine.look(batch, here, offsets)
         log_prior = engine.log_prior(origins, step_px)
@@ -156,8 +190,7 @@ class PosteriorSearch:
     def _coarse_search(self, batch: Batch) -> tuple[Float[Tensor, "b 2"], Float[Tensor, "b d"]]:
         """The best of a grid over the whole disc of origins, and of the known contents."""
         engine = self.engine
-        reach = engine.config.max_shift_px / COARSE_STEP_PX
-        offsets = disc_of_points(reach, engine.known_z.device) * COARSE_STEP_PX
+        offsets = self.widest * COARSE_STEP_PX
         look, _ = engine.look(batch, offsets.new_zeros(len(batch), 2), offsets, self.coarse)
         content = engine.generator(engine.known_z)[..., : self.coarse.n_pairs]
         log_prior = engine.log_prior(offsets.expand(len(batch), -1, -1), COARSE_STEP_PX)

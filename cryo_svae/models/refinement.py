@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float
@@ -43,7 +44,8 @@ def newton_mode(
     height = here.log_evidence - 0.5 * z.square().sum(1)
     stride = z.new_ones(len(z), 1)
     for _ in range(NEWTON_STEPS):
-        step = torch.linalg.solve(here.curvature + identity, here.gradient - z)
+        # of a matrix that is never singular; the usual solve waits to see whether it is
+        step = torch.linalg.solve_ex(here.curvature + identity, here.gradient - z)[0]
         trial = (z + stride * step).clamp(-FARTHEST_Z, FARTHEST_Z)
         there = local_model(trial)
         trial_height = there.log_evidence - 0.5 * trial.square().sum(1)
@@ -69,6 +71,7 @@ def _choose(first: Bool[Tensor, "b"], yes: LocalModel, no: LocalModel) -> LocalM
     return LocalModel(*(pick(getattr(yes, f.name), getattr(no, f.name)) for f in fields(LocalModel)))
 
 
+@lru_cache(maxsize=8)
 def importance_points(z_dim: int) -> Float[Tensor, "k d"]:
     """Fixed quasi-random points of N(0, INFLATION²), in antithetic pairs: the same for every particle."""
     sobol = torch.quasirandom.SobolEngine(z_dim, scramble=True, seed=7).draw(PAIRS)

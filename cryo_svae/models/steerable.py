@@ -81,7 +81,7 @@ class SteerableEngine(Engine):
     shift_variance: of each component of the origin, px².
     signal_energy:  running average of <h² c / sigma², c>, the log evidence scale of a particle.
     origin_px:      current origin of each training particle (n, 2).
-    level:          real parts of the coefficients of the soft disc itself (p,).
+    level:          coefficients of the soft disc itself (2, p); the imaginary ones are 0.
     mean_level:     of the training images, in units of the disc.
     noise_dof:      how many independent numbers white noise has on each ring (r,), the level taken off.
     known_z:        contents of some training particles (k, d), seen last.
@@ -90,7 +90,13 @@ class SteerableEngine(Engine):
     """
 
     training_defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
-        epochs=(10, 60), images=250_000, batch_size=128, learning_rate=2e-3, schedule="one-cycle"
+        epochs=(10, 60),
+        images=250_000,
+        batch_size=128,
+        learning_rate=2e-3,
+        schedule="one-cycle",
+        largest_batch=2048,
+        batch_bytes=350,
     )
     largest_box_px: ClassVar[int] = 128
     tables: ClassVar[tuple[str, ...]] = ("origin_px",)
@@ -116,7 +122,7 @@ class SteerableEngine(Engine):
         self.full = PolarTransform(box_px, self.mask_radius_px, config.max_shift_px)
         self.polar = self.full
         disc = self.full(torch.ones(1, box_px, box_px))[0, 0] * (self.full.order == 0)
-        self.register_buffer("level", disc, persistent=False)
+        self.register_buffer("level", torch.stack([disc, torch.zeros_like(disc)]), persistent=False)
         self.register_buffer("mean_level", torch.tensor(0.0))
         taken = torch.zeros(self.full.n_rings).index_add_(0, self.full.ring, disc.square())
         left = self.full.noise_dof - taken / taken.sum()
@@ -135,6 +141,7 @@ class SteerableEngine(Engine):
         self.register_buffer("search_step_px", torch.tensor(FINEST_STEP_PX), persistent=False)
         around = disc_of_points(TRIALS if config.max_shift_px > 0.0 else 0.0, self.origin_px.device)
         self.register_buffer("around", around, persistent=False)
+        self.search = PosteriorSearch(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         table = state_dict.get(prefix + "origin_px")
@@ -169,7 +176,7 @@ class SteerableEngine(Engine):
         power, passed, total, plain, level, through = sums
         self.mean_level.copy_(level / n)
         # so far the images were summed without any level
-        risen = self.mean_level * self.level
+        risen = self.mean_level * self.level[0]
         power = power + self.polar.ring_sum(2.0 * risen * plain[0] + n * risen.square())
         total[0] += risen * through[ring]
         self.noise_variance.copy_((power / (n * self.noise_dof)).clamp(min=1e-6))
@@ -221,6 +228,7 @@ class SteerableEngine(Engine):
         self.polar = self.coarser(n_rings)
         self.n_rings.fill_(self.polar.n_rings)
         self.generator.n_pairs = self.polar.n_pairs
+        self.search = PosteriorSearch(self)
 
     def coarser(self, n_rings: int) -> PolarTransform:
         """The transform of the inner rings, of those looked at."""
@@ -308,7 +316,7 @@ class SteerableEngine(Engine):
 
     def _levels(self, batch: Batch) -> Float[Tensor, "b"]:
         """Level of each image inside the soft disc."""
-        levels: Tensor = batch.image[:, 0].float() @ self.level / self.level.square().sum()
+        levels: Tensor = batch.image[:, 0].float() @ (self.level[0] / self.level.square().sum())
         return levels
 
     def _seen(self, batch: Batch, polar: PolarTransform) -> Float[Tensor, "b 2 p"]:
@@ -317,9 +325,9 @@ class SteerableEngine(Engine):
         The level that the preparation takes for background is known from few pixels, and its error
         fills the whole disc: left in, it is the strongest variation of many sets, and z is spent on it.
         """
-        excess = (self._levels(batch) - self.mean_level)[:, None] * self.level[: polar.n_pairs]
+        excess = (self._levels(batch) - self.mean_level)[:, None, None]
         image = batch.image[..., : polar.n_pairs].float()
-        return torch.stack([image[:, 0] - excess, image[:, 1]], 1)
+        return torch.addcmul(image, excess, self.level[:, : polar.n_pairs], value=-1.0)
 
     def _trial_origins(self, index: Int[Tensor, "b"]) -> tuple[Float[Tensor, "b 2"], Float[Tensor, "t 2"]]:
         """Where the particles are now, and jittered offsets around it."""
@@ -371,9 +379,8 @@ class SteerableEngine(Engine):
             return look, centred * restore[:, None, ring, 0]
         samples = _both_halves(polar.shift(polar.samples(images), here), by_variance)
         restored = polar.pack(polar.spectra(_both_halves(samples, restore)))
-        if power.shape[-1] > 1:
-            power = torch.cat([power, power], -1)
-        return Look(polar, polar.shifted_spectra(samples, offsets), power, n_psi), restored
+        spectra = polar.shifted_spectra(samples, offsets, rounded=self.training)
+        return Look(polar, spectra, power, n_psi), restored
 
     def encode(self, restored: Float[Tensor, "b 2 p"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]]:
         """Mean and log standard deviation of q(z | image)."""
@@ -389,7 +396,8 @@ class SteerableEngine(Engine):
         density = -0.5 * origins.square().sum(-1) / self.shift_variance - torch.log(
             2.0 * math.pi * self.shift_variance
         )
-        mass = density + 2.0 * torch.log(torch.as_tensor(step_px, device=origins.device))[..., None]
+        side = torch.log(step_px)[..., None] if isinstance(step_px, Tensor) else math.log(step_px)
+        mass = density + 2.0 * side
         return mass - torch.logsumexp(mass, 1, keepdim=True).clamp(min=0.0)
 
     def empty_image(self, batch: Batch) -> Float[Tensor, "b"]:
@@ -443,7 +451,7 @@ class SteerableEngine(Engine):
         training = self.training
         self.eval()
         with torch.no_grad(), own_precision(batch.image):
-            posterior = PosteriorSearch(self).posterior(batch)
+            posterior = self.search.posterior(batch)
         self.train(training)
         return posterior
 

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cryo_svae.errors import InputError, OutputError
-from cryo_svae.formats.mrc import read_images, read_stack_info, write_stack
+from cryo_svae.formats.mrc import read_images, read_pixels, read_stack_info, write_stack
 from cryo_svae.formats.star import write_tables
 
 CODES = {0: "b", 1: "h", 2: "f", 6: "H", 12: "e"}
@@ -79,6 +79,16 @@ def test_the_planted_pixel_is_found(
     np.testing.assert_array_equal(images, planted(np.float32(value)))
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("mode", CODES)
+def test_pixels_keep_their_type_in_the_machine_s_byte_order(tmp_path: Path, order: str, mode: int) -> None:
+    path = stack_at(tmp_path, mrc_bytes(mode, order, 3))
+    pixels = read_pixels(path, np.array([3, 4, 0, 1, 3]))
+    assert pixels.dtype == np.dtype({0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}[mode])
+    assert pixels.dtype.isnative
+    np.testing.assert_array_equal(pixels, planted(3)[[3, 4, 0, 1, 3]])
+
+
 @pytest.mark.parametrize("stamp", [b"\0\0\0\0", b"\x11\x11\0\0", b"DA\0\0", b"\xff\xff\xff\xff"])
 def test_a_wrong_machine_stamp_changes_nothing(tmp_path: Path, stamp: bytes) -> None:
     np.testing.assert_array_equal(read_images(stack_at(tmp_path, mrc_bytes(stamp=stamp)), ALL), planted(7))
@@ -99,7 +109,7 @@ def test_order_and_repeats_are_honoured(tmp_path: Path, name: str) -> None:
     pack = {".gz": gzip.compress, ".bz2": bz2.compress}.get(Path(name).suffix, bytes)
     path = stack_at(tmp_path, pack(plain), name)
     assert read_stack_info(path).n_images == N
-    for indices in ([4, 0, 0, 2], [3], []):
+    for indices in ([4, 0, 0, 2], [3], [], [1, 2, 3, 3, 4, 0, 1, 2]):
         np.testing.assert_array_equal(read_images(path, np.array(indices, int)), images[indices])
 
 

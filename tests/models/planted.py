@@ -41,7 +41,7 @@ def planted_engine(
         generator.last.bias.zero_()
         generator.mean.copy_(rest)
         generator.scale.copy_((after - before) / 2.0)
-        engine.mean_level.copy_(rest[0] @ engine.level / engine.level.square().sum())
+        engine.mean_level.copy_(rest[0] @ engine.level[0] / engine.level.square().sum())
         engine.signal_power.copy_(engine.full.ring_sum(rest.square().sum(0)) / engine.noise_dof)
         engine.signal_energy.copy_(rest.square().sum())
     return engine.eval()

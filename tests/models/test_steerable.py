@@ -338,7 +338,7 @@ def test_a_ctf_is_taken_into_account(astigmatism_angst):
     batch = Batch(torch.arange(n), engine.represent(particles), ctf)
     engine.noise_variance.fill_(float(content.square().mean()) * 0.05)
     look, _ = engine.look(batch, torch.zeros(n, 2), torch.zeros(1, 2))
-    assert look.power.shape[-1] == (1 if astigmatism_angst == 0.0 else engine.polar.n_angles)
+    assert look.power.shape[-1] == (1 if astigmatism_angst == 0.0 else engine.polar.n_angles // 2)
     pose = look.posterior(content.expand(n, -1, -1), torch.zeros(n, 1))
     assert torch.equal(pose.probability[:, 0].argmax(1), 9 * torch.arange(n))
     # at the truth nothing is left over: what is aligned is what the CTF filtered
