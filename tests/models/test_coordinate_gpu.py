@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ pytest.importorskip("triton")
 from cryo_svae.models import coordinate_gpu
 from cryo_svae.models.coordinate_gpu import Layout, every_pixel
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 N, P, H = 2, 11, 13  # nothing a multiple of anything
 
@@ -165,3 +170,17 @@ def test_where_they_cannot_be_made_the_engine_goes_without(monkeypatch, caplog):
 def test_a_processor_does_without():
     assert coordinate_generator.gpu_kernels(torch.device("cpu")) is None
     coordinate_gpu.try_out(DEVICE)
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="NVIDIA's assembler comes with Triton for x86-64"
+)
+def test_every_kernel_compiles_for_an_h100(tmp_path):
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.models.compile_kernels"]
+    done = subprocess.run(
+        command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    kernels = {"first", "activate", "last", "last_backward", "slope", "first_backward"}
+    assert set(done.stdout.split()) == kernels
