@@ -172,9 +172,6 @@ def test_a_processor_does_without():
     coordinate_gpu.try_out(DEVICE)
 
 
-@pytest.mark.skipif(
-    platform.machine() != "x86_64", reason="NVIDIA's assembler comes with Triton for x86-64"
-)
 def test_every_kernel_compiles_for_an_h100(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-W", "ignore", "-m", "tests.models.compile_kernels"]
