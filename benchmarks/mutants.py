@@ -123,7 +123,7 @@ MUTANTS = [
     Mutant(
         "KL of z without its mean, coordinate engine",
         "models/divergences.py",
-        "0.5 * (variance_ratio + (mean / prior_std) ** 2 - 1.0)",
+        "0.5 * (variance_ratio + (mean / mean_std) ** 2 - 1.0)",
         "0.5 * (variance_ratio - 1.0)",
         ("tests/models/test_coordinate.py",),
     ),

@@ -109,6 +109,7 @@ class CoordinateEngine(Engine):
     coordinates_px: Tensor
     unit: Tensor
     prior_std: Tensor
+    mean_std: Tensor
 
     def __init__(self, box_px: int, z_dim: int, config: CoordinateConfig) -> None:
         super().__init__()
@@ -126,6 +127,10 @@ class CoordinateEngine(Engine):
         self.register_buffer("unit", torch.tensor([1.0, shift, shift] + [1.0] * z_dim), persistent=False)
         prior_std = torch.tensor([rotation, shift, shift] + [1.0] * z_dim)
         self.register_buffer("prior_std", prior_std, persistent=False)
+        mean_std = prior_std.clone()
+        if config.rotation_prior == "free-mean":
+            mean_std[0] = math.inf
+        self.register_buffer("mean_std", mean_std, persistent=False)
         self.encoder = mlp(
             len(inside) * config.channels,
             config.encoder_hidden,
@@ -227,11 +232,15 @@ class CoordinateEngine(Engine):
         means, log_stds = self.encoder(self._inside(images).flatten(1)).chunk(2, -1)
         return Latents(means * self.unit, log_stds + torch.log(self.unit))
 
+    def _split(self, values: Float[Tensor, "b latents"]) -> tuple[Tensor, ...]:
+        parts: tuple[Tensor, ...] = values.split([1, 2, self.z_dim], 1)
+        return parts
+
     def _parts(self, values: Float[Tensor, "b latents"]) -> tuple[Tensor, Tensor, Tensor]:
         """psi (b,), origin (b, 2) and z (b, d) of values of all latents; 0 where the pose is fixed."""
-        psi, origin, z = values[:, 0], values[:, 1:3], values[:, 3:]
+        psi, origin, z = self._split(values)
         psi = psi if self.config.rotate else torch.zeros_like(psi)
-        return psi, origin if self.config.translate else torch.zeros_like(origin), z
+        return psi.squeeze(1), origin if self.config.translate else torch.zeros_like(origin), z
 
     def _held(self, z: Float[Tensor, "b *d"]) -> Float[Tensor, "b *d"]:
         return z if self.z_active else torch.zeros_like(z)
@@ -261,7 +270,7 @@ class CoordinateEngine(Engine):
         every = turn.repeat_interleave(images.shape[1], 0)
         turned = geometry.pose_references(flat, every, flat.new_zeros(len(flat), 2))
         latents = self.encode(turned.reshape(images.shape))
-        psi, origin, z = latents.mean[:, :1], latents.mean[:, 1:3], latents.mean[:, 3:]
+        psi, origin, z = self._split(latents.mean)
         origin = (geometry.rotation_matrix(turn) @ origin[..., None])[..., 0]
         return latents._replace(mean=torch.cat([psi - turn[:, None], origin, z], 1))
 
@@ -303,9 +312,7 @@ class CoordinateEngine(Engine):
         spacing = 2.0 * math.pi / config.pose_candidates
         if not self.z_active and spacing < geometry.radians(config.rotation_std_deg):
             log_std = torch.cat([log_std[:, :1].clamp(max=math.log(spacing)), log_std[:, 1:]], 1)
-        if config.rotation_prior == "free-mean":
-            mean = torch.cat([torch.zeros_like(mean[:, :1]), mean[:, 1:]], 1)
-        psi, origin, z = self._parts(kl_normal(mean, log_std, self.prior_std))
+        psi, origin, z = self._parts(kl_normal(mean, log_std, self.prior_std, self.mean_std))
         pose = psi + origin.sum(-1)
         return z.sum(-1), pose + math.log(config.pose_candidates) if config.rotate else pose
 
@@ -316,7 +323,7 @@ class CoordinateEngine(Engine):
         with own_precision(batch.image):
             latents = self._encode_turned(seen.flipped, turn)
         mean, log_std = latents
-        noise = torch.cat([batch.draw(torch.randn, each) for each in mean.split([1, 2, self.z_dim], 1)], 1)
+        noise = torch.cat([batch.draw(torch.randn, each) for each in self._split(mean)], 1)
         psi, origin, z = self._parts(mean + torch.exp(log_std) * noise)
         log_likelihood = self._log_likelihood(seen, self._held(z), psi, origin)
         kl_z, kl_pose = self._kl(latents)

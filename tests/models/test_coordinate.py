@@ -42,7 +42,8 @@ finite = st.floats(-3.0, 3.0)
 def test_divergences_equal_torchs_and_are_not_negative(mean, log_std, prior_std):
     q = torch.distributions.Normal(torch.tensor(mean), torch.tensor(log_std).exp())
     p = torch.distributions.Normal(0.0, torch.tensor(prior_std))
-    ours = kl_normal(torch.tensor([[mean]]), torch.tensor([[log_std]]), torch.tensor([prior_std]))
+    std = torch.tensor([prior_std])
+    ours = kl_normal(torch.tensor([[mean]]), torch.tensor([[log_std]]), std, std)
     torch.testing.assert_close(ours[0, 0], torch.distributions.kl_divergence(q, p), atol=1e-4, rtol=1e-4)
     assert float(ours) >= -1e-5
 
