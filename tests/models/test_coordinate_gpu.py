@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cryo_svae.models import coordinate_generator
+from cryo_svae.models.coordinate import CoordinateConfig, CoordinateEngine
 from cryo_svae.models.coordinate_generator import CoordinateGenerator
+from cryo_svae.models.engine import Batch
 
 pytest.importorskip("triton")
 from cryo_svae.models import coordinate_gpu
@@ -153,6 +156,34 @@ def test_the_generator_takes_them_where_they_are(monkeypatch, activation):
     monkeypatch.setattr(coordinate_generator, "gpu_kernels", lambda device: coordinate_gpu)
     monkeypatch.setattr(coordinate_generator, "_EveryPixel", None)
     assert relative_error(generator(points, z), expected) < 1e-6
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations that run a kernel: neither views nor memory asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        self.n += not is_view and "empty" not in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_is_few_operations(monkeypatch):
+    """Each takes a GPU a microsecond or more, however little it does."""
+    launched = []
+    monkeypatch.setattr(coordinate_generator, "gpu_kernels", lambda device: coordinate_gpu)
+    monkeypatch.setattr(
+        Layout, "launch", lambda layout, kernel, *tensors, **constants: launched.append(kernel)
+    )
+    engine = CoordinateEngine(8, 2, CoordinateConfig(hidden=H, encoder_hidden=H, pixels="bernoulli"))
+    data = Batch(torch.arange(N), torch.rand(N, 1, 8, 8), None)
+    with Operations() as counted:
+        engine.eval().elbo(data).elbo.mean().backward()
+    assert len(launched) == 4
+    assert counted.n <= 120
 
 
 def test_where_they_cannot_be_made_the_engine_goes_without(monkeypatch, caplog):
