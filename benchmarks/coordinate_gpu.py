@@ -257,7 +257,7 @@ def parts(size: Size, device: torch.device) -> list[dict[str, object]]:
         "first layer": (1, False, lambda: layout.first(points, first, of_z, bias, torch.bfloat16)),
         "activate": (2, False, lambda: layout.activate(other, bias)),
         "last layer": (1, False, lambda: layout.last(other, bias, last, bias[:n_out])),
-        "last layer, back": (1 + n_out, False, lambda: layout.last_backward(gradient, other, bias, last)),
+        "last layer, back": (2, False, lambda: layout.last_backward(gradient, other, bias, last)),
         "slope": (3, False, lambda: layout.slope(other, units)),
         "first layer, back": (2, False, lambda: layout.first_backward(other, units, points, first)),
         "product": (2, True, lambda: units @ square.T),

@@ -2,7 +2,7 @@
 
 Units are rows of ``width``, of which ``h`` are real; all arithmetic is in float32, whatever they are stored
 in. Program k goes through part ``k % parts`` of image ``k // parts``, which is ``N_ROWS`` of its pixels, R
-at a time, C units of each (C is a power of 2). Sums over pixels are a row for each program.
+at a time, C units of each. C and OUTS are powers of 2. Sums over pixels are a row for each program.
 """
 
 import triton
@@ -94,32 +94,32 @@ def last(
 @triton.jit(do_not_specialize=SIZES)
 def last_backward(
     gradient, units, bias, weight, made, of_bias, of_weight, n_pixels, parts, h, width,
-    N_OUT: tl.constexpr, RELU: tl.constexpr, N_ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    N_OUT: tl.constexpr, OUTS: tl.constexpr,
+    RELU: tl.constexpr, N_ROWS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Gradient ``made`` of those units, of the outputs'; sums for the bias and the weight (N_OUT, h)."""
     program = tl.program_id(0)
     unit = tl.arange(0, C)
+    out = tl.arange(0, OUTS)[:, None]
     added = tl.load(bias + unit, unit < h, 0.0)[None, :]
-    for k in tl.static_range(N_OUT):  # read anew for each: seldom more than one
-        sum_of_weight = tl.zeros((C,), tl.float32)
-        sum_of_bias = tl.zeros((C,), tl.float32)
-        for step in range(0, N_ROWS, R):
-            row, own = _rows(n_pixels, parts, step, N_ROWS, R)
-            place = row[:, None] * width + unit[None, :]
-            here = own[:, None] & (unit < width)[None, :]
-            value = _activated(tl.load(units + place, here, 0.0).to(tl.float32) + added, RELU)
-            sum_of_weight += tl.sum(value * tl.load(gradient + row * N_OUT + k, own, 0.0)[:, None], 0)
-            if k == 0:
-                of_units = tl.zeros((R, C), tl.float32)
-                for j in tl.static_range(N_OUT):
-                    w = tl.load(weight + j * h + unit, unit < h, 0.0)[None, :]
-                    of_units += tl.load(gradient + row * N_OUT + j, own, 0.0)[:, None] * w
-                of_units *= _slope(value, RELU)
-                sum_of_bias += tl.sum(of_units, 0)
-                tl.store(made + place, of_units.to(made.dtype.element_ty), here)
-        tl.store(of_weight + (program * N_OUT + k) * h + unit, sum_of_weight, unit < h)
-        if k == 0:
-            tl.store(of_bias + program * h + unit, sum_of_bias, unit < h)
+    sum_of_bias = tl.zeros((C,), tl.float32)
+    sum_of_weight = tl.zeros((OUTS, C), tl.float32)
+    for step in range(0, N_ROWS, R):
+        row, own = _rows(n_pixels, parts, step, N_ROWS, R)
+        place = row[:, None] * width + unit[None, :]
+        here = own[:, None] & (unit < width)[None, :]
+        value = _activated(tl.load(units + place, here, 0.0).to(tl.float32) + added, RELU)
+        of_units = tl.zeros((R, C), tl.float32)
+        for k in tl.static_range(N_OUT):
+            of_output = tl.load(gradient + row * N_OUT + k, own, 0.0)[:, None]
+            of_units += of_output * tl.load(weight + k * h + unit, unit < h, 0.0)[None, :]
+            sum_of_weight += tl.where(out == k, tl.sum(of_output * value, 0)[None, :], 0.0)
+        of_units *= _slope(value, RELU)
+        sum_of_bias += tl.sum(of_units, 0)
+        tl.store(made + place, of_units.to(made.dtype.element_ty), here)
+    tl.store(of_bias + program * h + unit, sum_of_bias, unit < h)
+    place = of_weight + (program * N_OUT + out) * h + unit[None, :]
+    tl.store(place, sum_of_weight, (out < N_OUT) & (unit < h)[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)

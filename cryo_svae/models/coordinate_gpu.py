@@ -94,7 +94,7 @@ class Layout:
         of_bias = bias.new_empty(self.programs, self.h)
         of_weight = bias.new_empty(self.programs, n_out, self.h)
         tensors = gradient, units, bias, weight, made, of_bias, of_weight
-        self.launch(kernels.last_backward, *tensors, N_OUT=n_out)
+        self.launch(kernels.last_backward, *tensors, N_OUT=n_out, OUTS=triton.next_power_of_2(n_out))
         return made, of_bias.sum(0), of_weight.sum(0)
 
     def slope(self, gradient: Tensor, units: Tensor) -> Tensor:
