@@ -128,6 +128,27 @@ MUTANTS = [
         ("tests/models/test_coordinate.py",),
     ),
     Mutant(
+        "slope of tanh in the kernels for a GPU",
+        "kernels.py",
+        "else 1.0 - y * y",
+        "else 1.0 - y",
+        ("tests/models/test_coordinate_gpu.py",),
+    ),
+    Mutant(
+        "kernels for a GPU go past their part of an image",
+        "kernels.py",
+        "(pixel < n_pixels) & (pixel < (program % parts + 1) * N_ROWS)",
+        "pixel < n_pixels",
+        ("tests/models/test_coordinate_gpu.py",),
+    ),
+    Mutant(
+        "kernels for a GPU forget the bias of a hidden layer",
+        "kernels.py",
+        "(tl.load(place, here, 0.0).to(tl.float32) + added, RELU)",
+        "(tl.load(place, here, 0.0).to(tl.float32), RELU)",
+        ("tests/models/test_coordinate_gpu.py",),
+    ),
+    Mutant(
         "sign of the KL of z, steerable engine",
         "models/steerable.py",
         "kl_z = 0.5 * (mean.square() + torch.exp(2.0 * log_std) - 1.0 - 2.0 * log_std).sum(-1)",

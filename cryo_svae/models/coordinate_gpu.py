@@ -196,6 +196,7 @@ def every_pixel(
 
 
 def try_out(device: torch.device) -> None:
-    """Makes and runs a kernel; raises what Triton raises where it cannot."""
-    units = torch.zeros(1, ALIGNED, device=device)
-    Layout(1, 1, ALIGNED, relu=False).activate(units, units[0])
+    """Makes and runs a kernel in either precision; raises what Triton raises where it cannot."""
+    bias = torch.zeros(ALIGNED, device=device)
+    for lower in (torch.float32, torch.bfloat16):
+        Layout(1, 1, ALIGNED, relu=False).activate(bias.new_zeros(1, ALIGNED, dtype=lower), bias)

@@ -24,7 +24,7 @@ from cryo_svae.models.coordinate_gpu import Layout, every_pixel
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-N, P, H = 2, 11, 13  # nothing a multiple of anything
+N, P, H = 2, 13, 11  # two programs an image, 7 and 6 pixels, two at a time
 
 
 @pytest.fixture(autouse=True)
