@@ -9,6 +9,7 @@ and what else changes makes a recording of its own.
 from __future__ import annotations
 
 import gc
+import logging
 from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
@@ -17,6 +18,9 @@ import torch
 from torch import Tensor
 
 TIMES_BEFORE = 2  # work is done before it is recorded: optimisers and libraries make their tables
+
+
+log = logging.getLogger(__name__)
 
 
 class _Recording(NamedTuple):
@@ -55,7 +59,14 @@ class Recorded:
             self._times[shapes] += 1
             if self._times[shapes] <= TIMES_BEFORE:
                 return self._apart(self._stream, inputs)
-            self._recordings[shapes] = self._record(inputs)
+            try:
+                self._recordings[shapes] = self._record(inputs)
+            except RuntimeError as error:
+                if not _for_want_of_memory(error):
+                    raise
+                log.warning("the GPU's memory does not hold a recorded step: going on without")
+                self.give_up()
+                return self._work(*inputs)
         recording = self._recordings[shapes]
         for own, new in zip(recording.inputs, inputs, strict=True):
             own.copy_(new)
@@ -87,3 +98,10 @@ class Recorded:
         finally:
             gc.enable()
         return _Recording(graph, own, result)
+
+
+def _for_want_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out first: a recording that is broken off raises errors of its own."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__context__
+    return error is not None

@@ -411,14 +411,13 @@ def test_estimation_in_pieces_gives_the_same_table(make_dataset, caplog, tmp_pat
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_real_gpu_that_is_full_is_told_of(caplog):
-    checkpoint, particles = fresh()
+def test_a_real_gpu_that_is_full_is_told_of(make_dataset, tmp_path, capsys):
     torch.cuda.set_per_process_memory_fraction(1e-6)
     try:
-        with pytest.raises(TrainingError, match="does not hold one particle"):
-            training.fit(checkpoint, particles, schedule(), torch.device("cuda"), ignore)
+        assert main(["train", str(make_dataset()), "--out", str(tmp_path / "job"), "--device", "cuda"]) == 2
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+    assert said_once(capsys.readouterr().err)
 
 
 def test_a_loss_that_is_not_a_number_stops_the_job_and_names_the_last_good_model(

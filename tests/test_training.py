@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from cryo_svae import recording
 from cryo_svae.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cryo_svae.errors import InputError, TrainingError
 from cryo_svae.models import ENGINES
 from cryo_svae.models.coordinate import CoordinateConfig, CoordinateEngine
 from cryo_svae.models.engine import FEWEST_STEPS
 from cryo_svae.preprocessing import Preparation
+from cryo_svae.recording import Recorded
 from cryo_svae.store import TrainingStore
 from cryo_svae.training import Schedule, fit, learning_rate, split_held_out, trains_in_bfloat16
 
@@ -188,3 +191,41 @@ def test_a_cpu_trains_in_bfloat16_where_it_can_and_the_engine_gains_by_it(monkey
     for able in (True, False):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: {"avx512_bf16": able})
         assert trains_in_bfloat16(engine, CPU) is (gains and able)
+
+
+class _Recorder(Recorded):
+    """Records without a GPU: a recording is a call of the work."""
+
+    def __init__(self, work, fails: Exception | None = None) -> None:
+        super().__init__(work, CPU, True)
+        self._stream, self.fails, self.n_recorded = object(), fails, 0
+        self._apart = lambda _, inputs: work(*inputs)
+
+    def _record(self, inputs):
+        if self.fails is not None:
+            raise self.fails
+        self.n_recorded += 1
+        own, result = tuple(each.clone() for each in inputs), torch.zeros(())
+        replay = lambda: result.copy_(self._work(*own))  # noqa: E731
+        return recording._Recording(SimpleNamespace(replay=replay), own, result)
+
+
+def test_work_is_recorded_once_for_each_shape_and_kind_and_gives_the_same(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    recorder = _Recorder(lambda x: x.sum())
+    for kind, n_recorded in (("a", 2), ("b", 4)):
+        for size in (3, 5, 3, 5, 3, 5, 3, 5):
+            x = torch.randn(size)
+            assert recorder(kind, x) == x.sum()
+        assert recorder.n_recorded == n_recorded
+
+
+def test_work_goes_on_unrecorded_where_memory_does_not_suffice(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    recorder = _Recorder(lambda x: x.sum(), torch.OutOfMemoryError("CUDA out of memory"))
+    assert [float(recorder("a", torch.ones(3))) for _ in range(5)] == [3.0] * 5
+    assert caplog.text.count("going on without") == 1
+    other = _Recorder(lambda x: x.sum(), RuntimeError("another"))
+    assert [float(other("a", torch.ones(3))) for _ in range(2)] == [3.0] * 2
+    with pytest.raises(RuntimeError, match="another"):
+        other("a", torch.ones(3))
