@@ -5,15 +5,24 @@ With lam the electron wavelength in Å, k the spatial frequency in 1/Å and az =
 
     df(az) = (U + V)/2 + (U - V)/2 cos(2 (az - defocus angle))
     CTF    = sin(pi lam df k² - pi/2 Cs lam³ k⁴ + atan(Q0/√(1 - Q0²)) + phase shift)
+             · scale · exp(-B k²/4)
 
 CTF(0) = +Q0: particles are white on dark. Agrees with ``relion_project --ctf`` to 1e-7 in
 float64.
+
+What reaches a model is an image y of content x under white noise n:
+
+    plain images            y = C x + n
+    phase-flipped images    y = |C| x + n'    (n' has the statistics of n)
+    premultiplied images    y = C (C x + n)
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,7 +33,12 @@ ASTIGMATIC_RAD = 0.2  # a phase that differs by less with direction is taken as 
 
 @dataclass(frozen=True, kw_only=True)
 class CtfTable:
-    """CTF parameters of n particles; every field is a float tensor (n,)."""
+    """CTF parameters of n particles; every field is a tensor (n,), or None where none has that property.
+
+    scale, b_factor_angst2: the CTF is ``scale`` exp(-B k²/4) times the sine.
+    phase_flipped:          whether the sign of the CTF was undone in the images.
+    premultiplied:          whether the images were multiplied by their CTF.
+    """
 
     pixel_size_angst: Float[Tensor, "n"]
     voltage_kv: Float[Tensor, "n"]
@@ -34,12 +48,24 @@ class CtfTable:
     defocus_v_angst: Float[Tensor, "n"]
     defocus_angle_rad: Float[Tensor, "n"]
     phase_shift_rad: Float[Tensor, "n"]
+    scale: Float[Tensor, "n"] | None = None
+    b_factor_angst2: Float[Tensor, "n"] | None = None
+    phase_flipped: Bool[Tensor, "n"] | None = None
+    premultiplied: Bool[Tensor, "n"] | None = None
 
     def __len__(self) -> int:
         return len(self.pixel_size_angst)
 
     def __getitem__(self, index: Int[Tensor, "b"] | slice) -> CtfTable:
-        return CtfTable(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+        return self._each(lambda column: column[index])
+
+    def columns(self) -> dict[str, Tensor]:
+        """The columns that are there, by name."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: column for name, column in named.items() if column is not None}
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> CtfTable:
+        return CtfTable(**{name: change(column) for name, column in self.columns().items()})
 
     @property
     def astigmatic(self) -> Bool[Tensor, "n"]:
@@ -51,7 +77,7 @@ class CtfTable:
 
     def to(self, device: torch.device | str) -> CtfTable:
         """The same table on another device."""
-        return CtfTable(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return self._each(lambda column: column.to(device))
 
 
 def electron_wavelength_angst(voltage_kv: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
@@ -80,7 +106,43 @@ def ctf_at(table: CtfTable, frequency_px: Float[Tensor, "*k 2"]) -> Float[Tensor
         + torch.atan(q0 / torch.sqrt(1.0 - q0**2))
         + column(table.phase_shift_rad)
     )
-    return torch.sin(phase)
+    ctf = torch.sin(phase)
+    if table.b_factor_angst2 is not None:
+        ctf = ctf * torch.exp(-0.25 * column(table.b_factor_angst2) * k2)
+    if table.scale is not None:
+        ctf = ctf * column(table.scale)
+    if table.phase_flipped is not None:
+        ctf = torch.where(table.phase_flipped[expand], ctf.abs(), ctf)
+    return ctf
+
+
+class Transfer(NamedTuple):
+    """How images of b particles carry their content, at frequencies k: four tensors of one shape.
+
+    content: what the content is multiplied by in the image.
+    matched: what the image is multiplied by to be compared with content: content / noise.
+    power:   content · matched, what the content's energy is multiplied by in the likelihood.
+    noise:   variance of the noise, over that of noise no CTF has passed.
+    """
+
+    content: Tensor
+    matched: Tensor
+    power: Tensor
+    noise: Tensor
+
+
+def transfer_at(table: CtfTable, frequency_px: Float[Tensor, "*k 2"]) -> Transfer:
+    """Transfer (b, *k) of each of b particles' images at frequencies (kx, ky) in cycles per pixel.
+
+    With C their CTF, (C, C, C², 1); of premultiplied images (C², 1, C², C²).
+    """
+    ctf = ctf_at(table, frequency_px)
+    power, one = ctf.square(), torch.ones_like(ctf)
+    if table.premultiplied is None:
+        return Transfer(ctf, ctf, power, one)
+    is_so = table.premultiplied[(slice(None),) + (None,) * (ctf.ndim - 1)]
+    content, matched = torch.where(is_so, power, ctf), torch.where(is_so, one, ctf)
+    return Transfer(content, matched, power, torch.where(is_so, power, one))
 
 
 def rfft_frequencies(box_px: int, device: torch.device | str = "cpu") -> Float[Tensor, "n half 2"]:
@@ -94,3 +156,22 @@ def rfft_frequencies(box_px: int, device: torch.device | str = "cpu") -> Float[T
 def ctf_2d(table: CtfTable, box_px: int) -> Float[Tensor, "b n half"]:
     """CTF of each particle in the layout of ``torch.fft.rfft2``."""
     return ctf_at(table, rfft_frequencies(box_px, table.pixel_size_angst.device))
+
+
+def transfer_2d(table: CtfTable, box_px: int) -> Transfer:
+    """Transfer (b, n, half) of each particle's image in the layout of ``torch.fft.rfft2``."""
+    return transfer_at(table, rfft_frequencies(box_px, table.pixel_size_angst.device))
+
+
+def noise_scale(table: CtfTable, box_px: int) -> Float[Tensor, "n"]:
+    """Standard deviation of the noise in the images, over that of noise no CTF has passed; taken as round.
+
+    1 but for premultiplied images, whose noise is as much smaller as their CTF is.
+    """
+    if table.premultiplied is None:
+        return torch.ones_like(table.pixel_size_angst)
+    radius = torch.arange(box_px // 2 + 1, device=table.pixel_size_angst.device) / box_px
+    along = transfer_at(table, torch.stack([radius, torch.zeros_like(radius)], -1)).noise
+    across = transfer_at(table, torch.stack([torch.zeros_like(radius), radius], -1)).noise
+    scale: Tensor = ((along + across) / 2 * radius).sum(1).div(radius.sum()).sqrt()
+    return scale
