@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cryo_svae import geometry
-from cryo_svae.ctf import CtfTable, transfer_at
+from cryo_svae.ctf import CtfTable, ctf_at
 from cryo_svae.estimation import EstimateTable
 from cryo_svae.images import ImageSource
 from cryo_svae.particles import ParticleSet
@@ -274,11 +274,10 @@ class Sums:
         """Adds prepared images; those not usable are zero, and have no part in D."""
         plane = self.plane
         spectrum = aligned_spectra(images, members.psi_rad, members.origin_px, plane)
-        power = usable.float()[:, None].expand(spectrum.shape)
+        transfer = usable.float()[:, None].expand(spectrum.shape)
         if members.ctf is not None:
-            transfer = transfer_at(members.ctf, plane.point / plane.box_px)
-            spectrum, power = spectrum * transfer.matched, power * transfer.power
-        for sums, values in ((self.signal, spectrum), (self.power, power)):
+            transfer = transfer * ctf_at(members.ctf, plane.point / plane.box_px)
+        for sums, values in ((self.signal, spectrum * transfer), (self.power, transfer.square())):
             # unlike index_add_, always in the same order, on a GPU too
             sums.index_put_((members.row,), values.to(sums.dtype), accumulate=True)
 

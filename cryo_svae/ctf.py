@@ -15,6 +15,9 @@ What reaches a model is an image y of content x under white noise n:
     plain images            y = C x + n
     phase-flipped images    y = |C| x + n'    (n' has the statistics of n)
     premultiplied images    y = C (C x + n)
+
+Premultiplied images are prepared by dividing by C (``whitener_2d``), so that all are of the first form;
+where C is nearly 0 that is not wholly possible, and the CTF of prepared images (``ctf_at``) is smaller.
 """
 
 from __future__ import annotations
@@ -22,13 +25,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 ASTIGMATIC_RAD = 0.2  # a phase that differs by less with direction is taken as round
+
+LEAST_CTF = 0.1  # a smaller one is not wholly divided out of premultiplied images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,7 @@ class CtfTable:
 
     scale, b_factor_angst2: the CTF is ``scale`` exp(-B k²/4) times the sine.
     phase_flipped:          whether the sign of the CTF was undone in the images.
-    premultiplied:          whether the images were multiplied by their CTF.
+    premultiplied:          whether the images on disk were multiplied by their CTF.
     """
 
     pixel_size_angst: Float[Tensor, "n"]
@@ -87,7 +91,18 @@ def electron_wavelength_angst(voltage_kv: Float[Tensor, "*b"]) -> Float[Tensor, 
 
 
 def ctf_at(table: CtfTable, frequency_px: Float[Tensor, "*k 2"]) -> Float[Tensor, "b *k"]:
-    """CTF of each of b particles at frequencies (kx, ky) in cycles per pixel."""
+    """CTF of each of b particles' prepared images at frequencies (kx, ky) in cycles per pixel."""
+    ctf = _ctf_of_microscope(table, frequency_px)
+    each = (slice(None),) + (None,) * (frequency_px.ndim - 1)
+    if table.phase_flipped is not None:
+        ctf = torch.where(table.phase_flipped[each], ctf.abs(), ctf)
+    if table.premultiplied is not None:
+        passed = (ctf / LEAST_CTF).square().clamp(max=1.0)
+        ctf = torch.where(table.premultiplied[each], ctf * passed, ctf)
+    return ctf
+
+
+def _ctf_of_microscope(table: CtfTable, frequency_px: Float[Tensor, "*k 2"]) -> Float[Tensor, "b *k"]:
     expand = (slice(None),) + (None,) * (frequency_px.ndim - 1)
 
     def column(values: Tensor) -> Tensor:
@@ -111,38 +126,22 @@ def ctf_at(table: CtfTable, frequency_px: Float[Tensor, "*k 2"]) -> Float[Tensor
         ctf = ctf * torch.exp(-0.25 * column(table.b_factor_angst2) * k2)
     if table.scale is not None:
         ctf = ctf * column(table.scale)
-    if table.phase_flipped is not None:
-        ctf = torch.where(table.phase_flipped[expand], ctf.abs(), ctf)
     return ctf
 
 
-class Transfer(NamedTuple):
-    """How images of b particles carry their content, at frequencies k: four tensors of one shape.
+def whitener_2d(table: CtfTable, box_px: int) -> Float[Tensor, "b n half"]:
+    """What premultiplied images, C (C x + n), are multiplied by to have white noise; 1 for the others.
 
-    content: what the content is multiplied by in the image.
-    matched: what the image is multiplied by to be compared with content: content / noise.
-    power:   content · matched, what the content's energy is multiplied by in the likelihood.
-    noise:   variance of the noise, over that of noise no CTF has passed.
+    1/C, but C/c² where |C| is below c = LEAST_CTF: there the noise is less than it is taken for.
+    Multiplied by the CTF again, as a likelihood does, they are what they were before.
     """
-
-    content: Tensor
-    matched: Tensor
-    power: Tensor
-    noise: Tensor
-
-
-def transfer_at(table: CtfTable, frequency_px: Float[Tensor, "*k 2"]) -> Transfer:
-    """Transfer (b, *k) of each of b particles' images at frequencies (kx, ky) in cycles per pixel.
-
-    With C their CTF, (C, C, C², 1); of premultiplied images (C², 1, C², C²).
-    """
-    ctf = ctf_at(table, frequency_px)
-    power, one = ctf.square(), torch.ones_like(ctf)
+    ctf = _ctf_of_microscope(table, rfft_frequencies(box_px, table.pixel_size_angst.device))
+    if table.phase_flipped is not None:
+        ctf = torch.where(table.phase_flipped[:, None, None], ctf.abs(), ctf)
     if table.premultiplied is None:
-        return Transfer(ctf, ctf, power, one)
-    is_so = table.premultiplied[(slice(None),) + (None,) * (ctf.ndim - 1)]
-    content, matched = torch.where(is_so, power, ctf), torch.where(is_so, one, ctf)
-    return Transfer(content, matched, power, torch.where(is_so, power, one))
+        return torch.ones_like(ctf)
+    whitener = ctf / ctf.square().clamp(min=LEAST_CTF**2)
+    return torch.where(table.premultiplied[:, None, None], whitener, 1.0)
 
 
 def rfft_frequencies(box_px: int, device: torch.device | str = "cpu") -> Float[Tensor, "n half 2"]:
@@ -156,22 +155,3 @@ def rfft_frequencies(box_px: int, device: torch.device | str = "cpu") -> Float[T
 def ctf_2d(table: CtfTable, box_px: int) -> Float[Tensor, "b n half"]:
     """CTF of each particle in the layout of ``torch.fft.rfft2``."""
     return ctf_at(table, rfft_frequencies(box_px, table.pixel_size_angst.device))
-
-
-def transfer_2d(table: CtfTable, box_px: int) -> Transfer:
-    """Transfer (b, n, half) of each particle's image in the layout of ``torch.fft.rfft2``."""
-    return transfer_at(table, rfft_frequencies(box_px, table.pixel_size_angst.device))
-
-
-def noise_scale(table: CtfTable, box_px: int) -> Float[Tensor, "n"]:
-    """Standard deviation of the noise in the images, over that of noise no CTF has passed; taken as round.
-
-    1 but for premultiplied images, whose noise is as much smaller as their CTF is.
-    """
-    if table.premultiplied is None:
-        return torch.ones_like(table.pixel_size_angst)
-    radius = torch.arange(box_px // 2 + 1, device=table.pixel_size_angst.device) / box_px
-    along = transfer_at(table, torch.stack([radius, torch.zeros_like(radius)], -1)).noise
-    across = transfer_at(table, torch.stack([torch.zeros_like(radius), radius], -1)).noise
-    scale: Tensor = ((along + across) / 2 * radius).sum(1).div(radius.sum()).sqrt()
-    return scale

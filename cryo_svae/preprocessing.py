@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cryo_svae import distributed, geometry
 from cryo_svae.config import PreparationConfig
-from cryo_svae.ctf import CtfTable, noise_scale
+from cryo_svae.ctf import CtfTable, whitener_2d
 from cryo_svae.errors import InputError
 from cryo_svae.images import ImageSource, run_of
 from cryo_svae.particles import UNDISTORTED, ParticleSet
@@ -197,17 +197,21 @@ def prepare(
     pixel_size_angst: float,
     preparation: Preparation,
     magnification: tuple[float, float, float, float] = UNDISTORTED,
+    whitener: Float[Tensor, "b m half"] | None = None,
 ) -> tuple[Float[Tensor, "b m m"], Bool[Tensor, "b"]]:
     """Prepared images, and which of them are usable (the others are all zero), on the images' device.
 
-    Resampled to the working grid, distortion undone, inverted if asked, brought to mean 0 and standard
-    deviation 1 outside the particle's circle. NaN, infinite and constant images are not usable.
+    Resampled to the working grid, distortion undone, multiplied by the whitener, inverted if asked,
+    brought to mean 0 and standard deviation 1 outside the particle's circle. NaN, infinite and constant
+    images are not usable.
     """
     grid = _grid(images.shape[-1], pixel_size_angst, magnification, preparation, images.device)
     pixels = images.float()
     span = pixels.amax((1, 2)) - pixels.amin((1, 2))  # no finite number where a pixel is none
     # Large offsets (raw counts) would cost float32 digits in the products.
     prepared = grid.resampled(pixels - pixels.mean((1, 2), keepdim=True))
+    if whitener is not None:
+        prepared = torch.fft.irfft2(torch.fft.rfft2(prepared) * whitener, s=prepared.shape[-2:])
     flat = prepared.flatten(1)
     flat -= (flat @ grid.mean)[:, None]
     std = (flat.square() @ grid.variance).sqrt()
@@ -274,13 +278,24 @@ def _prepare_particles(
             read = torch.from_numpy(source.read(index[rows]))
             place = run_of(rows)
             size, m00, m01, m10, m11 = kind[1:].tolist()
-            moved = _moved(read, device)
-            images[place], usable[place] = prepare(moved, size, preparation, (m00, m01, m10, m11))
-    if particles.ctf is not None and particles.ctf.premultiplied is not None:
-        # their noise is no longer that of N(0, 1), but what the CTF left of it
-        ctf = working_ctf(particles.ctf[torch.from_numpy(index)].to(device), preparation)
-        images *= noise_scale(ctf, preparation.box_px).float()[:, None, None]
+            images[place], usable[place] = prepare(
+                _moved(read, device),
+                size,
+                preparation,
+                (m00, m01, m10, m11),
+                _whitener(particles, index[rows], preparation, device),
+            )
     return images, usable
+
+
+def _whitener(
+    particles: ParticleSet, index: NDArray[np.intp], preparation: Preparation, device: torch.device
+) -> Float[Tensor, "b m half"] | None:
+    """What undoes the multiplication by the CTF; None where the set has no premultiplied image."""
+    if particles.ctf is None or particles.ctf.premultiplied is None:
+        return None
+    ctf = particles.ctf[torch.from_numpy(index)].to(device)
+    return whitener_2d(working_ctf(ctf, preparation), preparation.box_px).float()
 
 
 def _moved(pixels: Num[Tensor, "b n n"], device: torch.device) -> Num[Tensor, "b n n"]:

@@ -16,7 +16,7 @@ import cryo_svae
 from cryo_svae import averages, geometry, latent
 from cryo_svae.checkpoint import Checkpoint
 from cryo_svae.class_averages import ClassAverages
-from cryo_svae.ctf import transfer_2d
+from cryo_svae.ctf import ctf_2d
 from cryo_svae.estimation import EstimateTable
 from cryo_svae.images import ImageSource
 from cryo_svae.job import Job
@@ -171,8 +171,7 @@ def reconstruct(
         return posed
     ctf = working_ctf(particles.ctf, checkpoint.preparation)[torch.from_numpy(row)]
     box_px = posed.shape[-1]
-    content = transfer_2d(ctf, box_px).content
-    filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(posed) * content, s=(box_px, box_px))
+    filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(posed) * ctf_2d(ctf, box_px), s=(box_px, box_px))
     return filtered
 
 

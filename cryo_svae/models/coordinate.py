@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from cryo_svae import distributed, geometry
@@ -32,7 +32,6 @@ from cryo_svae.models.engine import (
 )
 from cryo_svae.models.pixels import PixelKind, PixelLikelihood
 
-LEAST_CTF = 0.1  # below which it is not wholly divided out of premultiplied images
 FEWEST_FOR_BFLOAT16 = 64  # units of a hidden layer from which a CPU gains a fifth or more
 
 
@@ -223,11 +222,8 @@ class CoordinateEngine(Engine):
         """A batch with its CTF, which is worked out once however often it is used."""
         if batch.ctf is None:
             return _Seen(batch.image, batch.image, None)
-        ctf, image = ctf_2d(batch.ctf, self.box_px), batch.image
-        if batch.ctf.premultiplied is not None:
-            whitener, ctf = _whitened(ctf, batch.ctf.premultiplied[:, None, None])
-            image = self._filter(image, whitener)
-        return _Seen(image, self._filter(image, torch.sign(ctf)), ctf)
+        ctf = ctf_2d(batch.ctf, self.box_px)
+        return _Seen(batch.image, self._filter(batch.image, torch.sign(ctf)), ctf)
 
     def encode(self, images: Float[Tensor, "b c n n"]) -> Latents:
         """What the inference network says of images, whose phases are flipped where the CTF is negative."""
@@ -382,15 +378,3 @@ class CoordinateEngine(Engine):
         mean, _ = self.pixels.split(self.generate(z, zero[:, 0], zero))
         images = self._image(self.pixels.expectation(mean))
         return images[:, 0] if self.config.channels == 1 else images
-
-
-def _whitened(
-    ctf: Float[Tensor, "b n half"], premultiplied: Bool[Tensor, "b 1 1"]
-) -> tuple[Float[Tensor, "b n half"], Float[Tensor, "b n half"]]:
-    """What to multiply premultiplied images C (C x + n) by, and how they then carry their content x.
-
-    The likelihood of pixels takes noise as white, so the CTF is divided out of them; but where it is
-    small, not wholly, and the noise there stays below what it is taken for.
-    """
-    whitener = torch.where(premultiplied, ctf / ctf.square().clamp(min=LEAST_CTF**2), 1.0)
-    return whitener, torch.where(premultiplied, ctf.square() * whitener, ctf)

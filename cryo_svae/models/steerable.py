@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cryo_svae import distributed
 from cryo_svae.config import check, derived
-from cryo_svae.ctf import Transfer, transfer_at
+from cryo_svae.ctf import ctf_at
 from cryo_svae.models.engine import (
     Batch,
     ElboTerms,
@@ -159,33 +159,27 @@ class SteerableEngine(Engine):
         self._look_as_far_as(self.full.n_rings)
         polar, ring = self.polar, self.polar.ring
         power, passed = torch.zeros_like(self.noise_variance), torch.zeros_like(self.noise_variance)
-        noisy, dimmed = torch.zeros_like(power), torch.zeros_like(self.mean_level)
         plain, total = torch.zeros_like(self.generator.mean), torch.zeros_like(self.generator.mean)
         level, through, n = torch.zeros_like(self.mean_level), torch.zeros_like(passed), 0
         self.mean_level.zero_()
         for batch in batches:
             own = slice(batch.n_own)
-            content, matched, _, noise = (each.mean(-1)[own] for each in self._transfer(batch, polar))
-            image = self._seen(batch, polar)[own]
-            dimming = noise[:, 0].sqrt()
-            level += (self._levels(batch)[own] * dimming).sum()
-            dimmed += dimming.square().sum()
-            noisy += noise.sum(0)
-            plain += (image * dimming[:, None, None]).sum(0)
+            ctf, image = self._ctf(batch, polar).mean(-1)[own], self._seen(batch, polar)[own]
+            level += self._levels(batch)[own].sum()
+            plain += image.sum(0)
             power += self.polar.ring_sum(image.square().sum((0, 1)))
-            passed += (content * matched).sum(0)
-            through += (matched * dimming[:, None]).sum(0)
-            total += (image * matched[:, None, ring]).sum(0)
+            passed += ctf.square().sum(0)
+            through += ctf.sum(0)
+            total += (image * ctf[:, None, ring]).sum(0)
             n += batch.n_whole
-        sums = distributed.totals(power, passed, total, plain, level, through, noisy, dimmed)
-        power, passed, total, plain, level, through, noisy, dimmed = sums
-        self.mean_level.copy_(level / dimmed)
+        sums = distributed.totals(power, passed, total, plain, level, through)
+        power, passed, total, plain, level, through = sums
+        self.mean_level.copy_(level / n)
         # so far the images were summed without any level
         risen = self.mean_level * self.level[0]
-        power = power + self.polar.ring_sum(2.0 * risen * plain[0] + dimmed * risen.square())
+        power = power + self.polar.ring_sum(2.0 * risen * plain[0] + n * risen.square())
         total[0] += risen * through[ring]
-        noisy = noisy.clamp(min=LEAST_CTF_POWER * n)
-        self.noise_variance.copy_((power / (noisy * self.noise_dof)).clamp(min=1e-6))
+        self.noise_variance.copy_((power / (n * self.noise_dof)).clamp(min=1e-6))
         # Before its CTF, content is as much larger as the CTF is small.
         passed = passed.clamp(min=LEAST_CTF_POWER * n)
         unturned = (polar.order == 0).float()
@@ -325,25 +319,13 @@ class SteerableEngine(Engine):
         levels: Tensor = batch.image[:, 0].float() @ (self.level[0] / self.level.square().sum())
         return levels
 
-    def _dimming(self, batch: Batch) -> Float[Tensor, "b"] | float:
-        """What the level of each image is multiplied by; smaller than 1 in premultiplied ones."""
-        if batch.ctf is None or batch.ctf.premultiplied is None:
-            return 1.0
-        return transfer_at(batch.ctf, batch.image.new_zeros(2).float()).noise.sqrt()
-
-    def _noise_passed(self, batch: Batch, polar: PolarTransform) -> Float[Tensor, "b r"] | None:
-        """Noise variance of each image's rings over ``noise_variance``; None where it is 1 in all."""
-        if batch.ctf is None or batch.ctf.premultiplied is None:
-            return None
-        return self._transfer(batch, polar).noise.mean(-1)
-
     def _seen(self, batch: Batch, polar: PolarTransform) -> Float[Tensor, "b 2 p"]:
         """Coefficients of a transform's rings, of images brought to the set's mean level inside the disc.
 
         The level that the preparation takes for background is known from few pixels, and its error
         fills the whole disc: left in, it is the strongest variation of many sets, and z is spent on it.
         """
-        excess = (self._levels(batch) - self.mean_level * self._dimming(batch))[:, None, None]
+        excess = (self._levels(batch) - self.mean_level)[:, None, None]
         image = batch.image[..., : polar.n_pairs].float()
         return torch.addcmul(image, excess, self.level[:, : polar.n_pairs], value=-1.0)
 
@@ -355,12 +337,12 @@ class SteerableEngine(Engine):
         jitter = torch.rand(2, device=device) - 0.5
         return self.origin_px[index], (self.around + jitter) * self.search_step_px
 
-    def _transfer(self, batch: Batch, polar: PolarTransform) -> Transfer:
-        """Transfer (b, r, a) on samples of half a turn; one angle where it is round; 1 without CTF."""
+    def _ctf(self, batch: Batch, polar: PolarTransform) -> Float[Tensor, "b r a"]:
+        """CTF on the polar samples of half a turn; one angle where it is round, and 1 without CTF."""
         device = self.noise_variance.device
         table = batch.ctf
         if table is None:
-            return Transfer(*[torch.ones(len(batch), polar.n_rings, 1, device=device)] * 4)
+            return torch.ones(len(batch), polar.n_rings, 1, device=device)
         n_angles = polar.n_angles // 2
         turns = bool(table.astigmatic.any()) if batch.astigmatic is None else batch.astigmatic
         if not turns:
@@ -368,8 +350,7 @@ class SteerableEngine(Engine):
             table, n_angles = replace(table, defocus_u_angst=mean, defocus_v_angst=mean), 1
         radius = torch.arange(polar.n_rings, device=device)[:, None] / self.box_px
         phi = math.pi / n_angles * torch.arange(n_angles, device=device)
-        points = torch.stack([radius * torch.cos(phi), radius * torch.sin(phi)], -1)
-        return transfer_at(table, points)
+        return ctf_at(table, torch.stack([radius * torch.cos(phi), radius * torch.sin(phi)], -1)).float()
 
     def look(
         self,
@@ -386,13 +367,13 @@ class SteerableEngine(Engine):
         """
         polar = self.polar if polar is None else polar
         ring, noise = polar.ring, self.noise_variance[: polar.n_rings, None]
-        images, transfer = self._seen(batch, polar), self._transfer(batch, polar)
-        by_variance = transfer.matched / noise
-        power = transfer.power / noise
+        images, ctf = self._seen(batch, polar), self._ctf(batch, polar)
+        by_variance = ctf / noise
+        power = ctf * by_variance
         snr = (self.signal_power[: polar.n_rings, None] / noise).clamp(max=MOST_SNR)
-        restore = (1.0 + snr) / (1.0 + snr * transfer.power) * noise.sqrt()
+        restore = (1.0 + snr) / (1.0 + snr * ctf.square()) * noise.sqrt()
         n_psi = polar.n_angles * (1 if self.training else FINER_ANGLES)
-        if not self.shifts and power.shape[-1] == 1:
+        if not self.shifts and ctf.shape[-1] == 1:
             centred = images * by_variance[:, None, ring, 0]
             look = Look(polar, polar.by_order(centred)[:, :, None], power, n_psi)
             return look, centred * restore[:, None, ring, 0]
@@ -422,11 +403,8 @@ class SteerableEngine(Engine):
     def empty_image(self, batch: Batch) -> Float[Tensor, "b"]:
         """Log likelihood of each image as noise alone, nats."""
         variance = self.noise_variance
-        passed = self._noise_passed(batch, self.full)
-        if passed is not None:
-            variance = variance * passed.clamp(min=LEAST_CTF_POWER)
-        whitened = self._seen(batch, self.full).square() / variance[..., None, self.full.ring]
-        constant = (self.noise_dof * torch.log(2.0 * math.pi * variance)).sum(-1)
+        whitened = self._seen(batch, self.full).square() / variance[self.full.ring]
+        constant = (self.noise_dof * torch.log(2.0 * math.pi * variance)).sum()
         return -0.5 * whitened.sum((1, 2)) - 0.5 * constant
 
     # -- what is learned without gradients ---------------------------------------------------
@@ -439,24 +417,17 @@ class SteerableEngine(Engine):
         origins: Float[Tensor, "b t 2"],
     ) -> None:
         """Running averages: residual power of each ring, origin variance, energy of a particle."""
-        own, n, ring = slice(batch.n_own), batch.n_whole, self.polar.ring
-        explained = (2.0 * pose.aligned - pose.filtered) * content * self.noise[ring]
-        # |y - C² x|² of a premultiplied image is y² - C² (2 y x - C² x²), and its noise C² sigma²
-        passed = self._noise_passed(batch, self.polar)
-        if passed is not None:
-            explained = explained * passed[:, None, ring]
-        residual = self._seen(batch, self.polar).square() - explained
-        noisy = torch.full_like(self.noise, float(batch.n_own)) if passed is None else passed[own].sum(0)
-        power, noisy, content_power, energy, second = batch.totals(
+        own, n = slice(batch.n_own), batch.n_whole
+        explained = (2.0 * pose.aligned - pose.filtered) * content
+        residual = self._seen(batch, self.polar).square() - explained * self.noise[self.polar.ring]
+        power, content_power, energy, second = batch.totals(
             self.polar.ring_sum(residual[own].sum((0, 1))),
-            noisy,
             content[own].square().sum((0, 1)),
             (pose.filtered * content)[own].sum((1, 2)).sum(),
             (pose.probability.sum(-1) * origins.square().sum(-1))[own].sum(1).sum(),
         )
-        dof = self.noise_dof[: self.polar.n_rings]
-        power = power / (noisy.clamp(min=LEAST_CTF_POWER * n) * dof)
-        signal = self.polar.ring_sum(content_power) / (n * dof)
+        dof = n * self.noise_dof[: self.polar.n_rings]
+        power, signal = power / dof, self.polar.ring_sum(content_power) / dof
         self.noise.lerp_(power.clamp(min=1e-6), 1.0 - MEMORY)
         self.signal_power[: self.polar.n_rings].lerp_(signal, 1.0 - MEMORY)
         self.generator.learn_prior(content_power / n, self.noise, 1.0 - MEMORY)
