@@ -16,7 +16,7 @@ LAYERS = [
     {"config", "distributed", "geometry", "formats", "labels"},
     {"ctf", "kernels", "polar", "interchange", "stacks"},
     {"particles", "models"},
-    {"images", "pieces", "recording", "simulate", "conversion"},
+    {"doubts", "images", "pieces", "recording", "simulate", "conversion"},
     {"preprocessing"},
     {"store", "checkpoint"},
     {"training", "estimation"},
