@@ -21,6 +21,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from cryo_svae import training
 from cryo_svae.models import ENGINES, coordinate_generator
@@ -147,6 +149,18 @@ def check(device: torch.device, n: int = 4, p: int = 784, h: int = 500) -> list[
     return found
 
 
+def kernels(work: Callable[[], object], top: int) -> dict[str, object]:
+    """How many kernels a call runs, how long they take together, and those that take longest."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        work()
+        torch.cuda.synchronize()
+    ran = [event for event in seen.key_averages() if event.device_type == DeviceType.CUDA]
+    ran.sort(key=lambda event: -event.self_device_time_total)
+    longest = [f"{e.self_device_time_total / 1e3:.3f} ms {e.count}× {e.key[:40]}" for e in ran[:top]]
+    busy = sum(event.self_device_time_total for event in ran) / 1e3
+    return {"kernels": sum(event.count for event in ran), "busy ms": busy, "longest": " | ".join(longest)}
+
+
 @contextmanager
 def without_kernels() -> Iterator[None]:
     """PyTorch's own operations in place of kernels."""
@@ -181,14 +195,20 @@ def step(engine: CoordinateEngine, optimizer: torch.optim.Optimizer, batch: Batc
     return sums
 
 
-def timed(size: Size, device: torch.device) -> tuple[float, float, float]:
-    """Seconds of a step as it comes and by a recording; the bound in nats a particle afterwards."""
+def ready(size: Size, device: torch.device) -> tuple[Callable[[], Tensor], Batch]:
+    """A step of training, done three times, and its batch."""
     engine, batch = made(size, device)
     optimizer = training._adam(engine, None, device)
     training._set_learning_rate(optimizer, 1e-4)
     work = partial(step, engine, optimizer, batch)
     for _ in range(3):
         work()
+    return work, batch
+
+
+def timed(size: Size, device: torch.device) -> tuple[float, float, float]:
+    """Seconds of a step as it comes and by a recording; the bound in nats a particle afterwards."""
+    work, batch = ready(size, device)
     eager = seconds(work, device, 10)
     recorded = Recorded(lambda image: work(), device, True)
     for _ in range(3):
@@ -211,6 +231,8 @@ def row(size: Size, device: torch.device, product: float, copy: float) -> dict[s
             "floor by bytes ms": size.bytes / copy * 1e3,
             "bound": bound,
         }
+        if device.type == "cuda":
+            found |= kernels(ready(size, device)[0], 12)
         with without_kernels():
             _, repeated, bound = timed(size, device)
         found |= {"without kernels ms": repeated * 1e3, "its bound": bound}
@@ -235,7 +257,7 @@ def parts(size: Size, device: torch.device) -> list[dict[str, object]]:
         "first layer": (1, False, lambda: layout.first(points, first, of_z, bias, torch.bfloat16)),
         "activate": (2, False, lambda: layout.activate(other, bias)),
         "last layer": (1, False, lambda: layout.last(other, bias, last, bias[:n_out])),
-        "last layer, back": (1 + n_out, False, lambda: layout.last_backward(gradient, other, bias, last)),
+        "last layer, back": (2, False, lambda: layout.last_backward(gradient, other, bias, last)),
         "slope": (3, False, lambda: layout.slope(other, units)),
         "first layer, back": (2, False, lambda: layout.first_backward(other, units, points, first)),
         "product": (2, True, lambda: units @ square.T),

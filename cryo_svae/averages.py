@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from cryo_svae.checkpoint import Checkpoint
@@ -44,6 +43,8 @@ def classify(table: EstimateTable, n_classes: int, seed: int) -> Classes:
     Centres are those of 100,000 particles drawn at random, where there are more; every particle then
     goes to its nearest.
     """
+    from scipy.cluster.vq import kmeans2  # a quarter of a second, for those who classify
+
     random = np.random.default_rng(seed)
     rows = np.flatnonzero(table.usable)
     if len(rows) > MOST_FOR_CENTRES:

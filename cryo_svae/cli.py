@@ -228,7 +228,8 @@ def _simulate(arguments: dict[str, Any]) -> None:
     print(f"{settings.n_particles:,} particles in {out}/particles.star, their truth in {out}/truth.star")
 
 
-TORCH_ALLOCATOR = "DefaultCPUAllocator"  # torch has no exception of its own for memory of the processor
+# torch has no exception of its own for memory of the processor
+TORCH_ALLOCATORS = ("DefaultCPUAllocator", "CUDA out of memory")
 
 
 def _interrupt(*_: object) -> None:
@@ -265,11 +266,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cryo-svae: {message(error)}", file=sys.stderr)
         return CryoSvaeError.exit_code
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and TORCH_ALLOCATOR not in str(error):
+        if not (isinstance(error, MemoryError) or any(name in str(error) for name in TORCH_ALLOCATORS)):
             raise
         wanted = str(error).splitlines()[0] if str(error) else "no more to be had"
         print(
-            f"cryo-svae: this machine's memory does not suffice ({wanted}).\n"
+            f"cryo-svae: the memory does not suffice ({wanted}).\n"
             "  To mend: use a smaller --batch-size or --box, or more memory; --resume goes on.",
             file=sys.stderr,
         )

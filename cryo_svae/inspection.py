@@ -17,10 +17,12 @@ from cryo_svae.formats.atomic import atomic_path
 from cryo_svae.images import ImageSource
 from cryo_svae.particles import read_source
 from cryo_svae.preprocessing import plan_preparation, prepared_images
+from cryo_svae.report.png import sheet
 from cryo_svae.stages import CONTRAST_SIGNIFICANCE, describe
 
 MONTAGE_PARTICLES = 40
 MONTAGE_COLUMNS = 10
+GAP_PX = 2  # between images
 LARGEST_BOX_PX = 128
 
 
@@ -69,18 +71,18 @@ def draw_montage(png: Path, images: Float[Tensor, "b n n"], title: str) -> None:
     """A PNG of images as they are, and again smoothed by 4 % of the box, row 0 at the top."""
     from matplotlib.figure import Figure
 
-    columns = min(MONTAGE_COLUMNS, len(images))
-    rows = math.ceil(len(images) / columns)
+    n, box_px = len(images), images.shape[-1]
+    columns = min(MONTAGE_COLUMNS, n)
+    rows = math.ceil(n / columns)
     figure = Figure(figsize=(columns, 2 * rows + 0.8), layout="constrained")
-    parts = np.asarray(figure.subfigures(2, 1))
-    smoothed = smooth(images, 0.04 * images.shape[-1])
-    for part, drawn, name in zip(parts, (images, smoothed), (title, "the same, smoothed"), strict=True):
-        part.suptitle(name, fontsize=9)
-        axes = np.atleast_1d(np.asarray(part.subplots(rows, columns))).ravel()
+    smoothed = smooth(images, 0.04 * box_px)
+    both = zip(figure.subplots(2, 1), (images, smoothed), (title, "the same, smoothed"), strict=True)
+    for axis, drawn, name in both:
         low, high = np.percentile(drawn.numpy(), [1, 99])
-        for axis in axes:
-            axis.set_axis_off()
-        for axis, image in zip(axes, drawn, strict=False):
-            axis.imshow(image.numpy(), cmap="gray", vmin=low, vmax=high)
+        tiles = np.full((rows * columns, box_px + GAP_PX, box_px + GAP_PX), np.nan)
+        tiles[:n, GAP_PX:, GAP_PX:] = drawn.numpy()
+        axis.set_title(name, fontsize=9)
+        axis.set_axis_off()
+        axis.imshow(sheet(tiles.reshape(rows, columns, *tiles.shape[1:])), cmap="gray", vmin=low, vmax=high)
     with atomic_path(png) as temporary:
         figure.savefig(temporary, dpi=110)

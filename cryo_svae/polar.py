@@ -309,7 +309,7 @@ class PolarTransform(nn.Module):
         """
         here, opposite = samples.chunk(2, -1)
         alpha = self.shift_phase(shifts_px)
-        phase = torch.polar(torch.ones_like(alpha), alpha)
+        phase = torch.polar(alpha.new_ones(()).expand(alpha.shape), alpha)
         moved = torch.complex(here, opposite)[:, None] * phase
         columns = torch.view_as_real(moved).flatten(1, 2).flatten(2)
         planes = torch.bmm(self._fourier.expand(len(samples), -1, -1), columns.mT)

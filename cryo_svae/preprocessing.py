@@ -167,7 +167,8 @@ class _Grid:
         """Images on the working grid."""
         if self.undistorting is not None:
             rows, columns = self.undistorting
-            return torch.einsum("xyv,bvx->byx", columns, torch.einsum("vxn,bvn->bvx", rows, images))
+            along_rows = torch.einsum("vxn,bvn->bvx", rows, images)
+            return torch.einsum("xyv,bvx->byx", columns, along_rows).contiguous()
         return images if self.matrix is None else self.matrix @ images @ self.matrix.T
 
 
@@ -275,11 +276,11 @@ def _prepare_particles(
         here = here[np.argsort(particles.stack_of[index[here]], kind="stable")]  # a stack after the other
         n_at_once = max(1, PIXELS_AT_ONCE[device.type] // int(kind[0]) ** 2)
         for rows in np.split(here, range(n_at_once, len(here), n_at_once)):
-            read = torch.from_numpy(source.read(index[rows]))
+            read = _sent(source.read(index[rows]), device)
             place = run_of(rows)
             size, m00, m01, m10, m11 = kind[1:].tolist()
             images[place], usable[place] = prepare(
-                _moved(read, device),
+                read,
                 size,
                 preparation,
                 (m00, m01, m10, m11),
@@ -298,8 +299,11 @@ def _whitener(
     return whitener_2d(working_ctf(ctf, preparation), preparation.box_px).float()
 
 
-def _moved(pixels: Num[Tensor, "b n n"], device: torch.device) -> Num[Tensor, "b n n"]:
+def _sent(pixels: NDArray[np.generic], device: torch.device) -> Num[Tensor, "b n n"]:
     """Images on a device; on their way to a GPU nobody waits for them."""
+    images = torch.from_numpy(pixels)
     if device.type == "cuda":
-        return pixels.pin_memory().to(device, non_blocking=True)
-    return pixels
+        pinned = torch.empty_like(images, pin_memory=True)
+        pinned.numpy()[:] = pixels  # torch would take a team of threads for each reader to copy them
+        images = pinned.to(device, non_blocking=True)
+    return images

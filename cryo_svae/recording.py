@@ -49,6 +49,7 @@ class Recorded:
             self._kind = kind
             self._recordings.clear()
             self._times.clear()
+            self._pool = torch.cuda.graph_pool_handle()  # the former went with its last recording
         shapes = tuple(each.shape for each in inputs)
         if shapes not in self._recordings:
             self._times[shapes] += 1

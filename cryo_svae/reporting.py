@@ -35,6 +35,7 @@ class Findings:
 
     decoded:                         (k, n, n) the model's image of each class's centre.
     montage_psi_rad, montage_origin: (k,), (k, 2) in px: the pose of class images in a montage.
+    traversals:                      the model's images along lines through z; none where no z is known.
     """
 
     table: EstimateTable
@@ -43,6 +44,7 @@ class Findings:
     decoded: Float[Tensor, "k n n"]
     montage_psi_rad: Float[Tensor, "k"]
     montage_origin_px: Float[Tensor, "k 2"]
+    traversals: tuple[report.Traversal, ...]
 
     def in_one_frame(self, images: Float[Tensor, "k n n"]) -> NDArray[np.float32]:
         """Pictures of the classes, turned and moved to one another."""
@@ -57,10 +59,11 @@ def findings(
     result: ClassAverages,
     device: torch.device,
 ) -> Findings:
-    """The classes decoded, and laid on one another."""
+    """The classes decoded and laid on one another, and the lines through z decoded."""
     decoded = averages.decode(checkpoint, classes.centre, device)
     psi, origin = montage_poses(decoded, checkpoint.preparation.mask_radius_px)
-    return Findings(table, classes, result, decoded, psi, origin)
+    traversals = _traversals(checkpoint, table, device)
+    return Findings(table, classes, result, decoded, psi, origin, traversals)
 
 
 def gather(
@@ -103,7 +106,7 @@ def gather(
             resolution_angst=result.resolution_0143_angst,
             resolution_05_angst=result.resolution_05_angst,
         ),
-        traversals=_traversals(checkpoint, table, device),
+        traversals=found.traversals,
         manifold=_manifold(checkpoint, table, device),
         examples=_examples(checkpoint, particles, table, device),
         learning=_learning(checkpoint),

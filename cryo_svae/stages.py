@@ -10,11 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 import cryo_svae
-from cryo_svae import averages, config, distributed, export, latent
+from cryo_svae import averages, config, distributed, export
 from cryo_svae.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cryo_svae.class2d import classes_table, write_class2d
 from cryo_svae.config import ComputeConfig, OutputConfig, SourceConfig
@@ -199,7 +197,7 @@ def write_estimates(
         classes, result = average_classes(checkpoint, source, table, n_classes, settings["seed"], device)
         found = findings(checkpoint, table, classes, result, device)
     with job.timed("files"):
-        _write_files(job, particles, checkpoint, found, settings, device)
+        _write_files(job, particles, checkpoint, found, settings)
     with job.timed("report"):
         score = contrast_score(source, checkpoint.preparation, device)
         page = gather(job, particles, checkpoint, found, settings, score, device)
@@ -218,21 +216,16 @@ def _write_files(
     checkpoint: Checkpoint,
     found: Findings,
     settings: Mapping[str, Any],
-    device: torch.device,
 ) -> None:
     """Everything but the page."""
     table, classes, result = found.table, found.classes, found.class_averages
     pixel_size_angst = checkpoint.preparation.pixel_size_angst
 
-    def write(name: str, images: Float[Tensor, "k n n"]) -> None:
-        write_stack(job.path(name), images.numpy(), pixel_size_angst=pixel_size_angst)
-
-    write("decoded.mrcs", found.decoded)
-    for name in latent.line_names(table.z.shape[1]) if table.usable.any() else []:
-        points = latent.line(table.z, table.usable, name).point
-        write(f"traversal_{name}.mrcs", averages.decode(checkpoint, points, device))
     stack = job.path("classes.mrcs")
-    write(stack.name, torch.from_numpy(result.image))
+    stacks = {"decoded.mrcs": found.decoded.numpy(), stack.name: result.image}
+    stacks |= {f"traversal_{line.label}.mrcs": line.image for line in found.traversals}
+    for name, images in stacks.items():
+        write_stack(job.path(name), images, pixel_size_angst=pixel_size_angst)
     columns = classes_table(stack, result, classes.centre, found.montage_psi_rad, found.montage_origin_px)
     write_tables(job.path("classes.star"), {"classes": columns})
     attributes = {

@@ -129,6 +129,16 @@ def test_a_distorted_image_is_undistorted_whatever_the_grid(new_box):
     assert (left - right).abs().max() > 0.02
 
 
+def test_undistorted_images_have_the_background_of_others():
+    noise = 3.0 + 2.0 * torch.randn(6, 64, 64, generator=torch.Generator().manual_seed(2))
+    plan = Preparation(box_px=48, pixel_size_angst=1.34, mask_diameter_angst=50.0, invert=False)
+    found, usable = prepare(noise, 1.0, plan, MAGNIFICATION)
+    background = found[:, geometry.pixel_grid(48).norm(dim=-1) > plan.mask_radius_px]
+    assert usable.all()
+    torch.testing.assert_close(background.mean(1), torch.zeros(6), atol=1e-5, rtol=0)
+    torch.testing.assert_close(background.std(1), torch.ones(6), atol=1e-4, rtol=0)
+
+
 def filtered(images: torch.Tensor, transfer: torch.Tensor) -> torch.Tensor:
     return torch.fft.irfft2(torch.fft.rfft2(images) * transfer, s=images.shape[-2:])
 

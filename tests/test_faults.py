@@ -248,6 +248,17 @@ def test_too_little_memory_is_one_message(make_dataset, tmp_path):
     assert "memory does not suffice" in done.stderr
 
 
+def test_a_gpu_too_full_to_prepare_images_is_one_message(make_dataset, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr("cryo_svae.preprocessing.prepare", full)
+    assert run(make_dataset(), tmp_path / "job") == 2
+    said = capsys.readouterr().err
+    assert said_once(said)
+    assert "memory does not suffice (CUDA out of memory. Tried to allocate 2.00 GiB.)" in said
+
+
 # --- stacks ----------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,7 @@ from cryo_svae.config import check, derived, option
 from cryo_svae.ctf import ctf_2d
 from cryo_svae.errors import InputError
 from cryo_svae.models.coordinate_generator import CoordinateGenerator, mlp
-from cryo_svae.models.divergences import kl_normal, kl_normal_free_mean
+from cryo_svae.models.divergences import kl_normal
 from cryo_svae.models.engine import (
     Batch,
     ElboTerms,
@@ -72,14 +72,10 @@ class CoordinateConfig:
 
 
 class Latents(NamedTuple):
-    """Means and log standard deviations that the encoder gives; rotation in rad, shift in px."""
+    """Means and log standard deviations that the encoder gives, of psi (rad), origin x and y (px), z."""
 
-    z: Float[Tensor, "b d"]
-    z_log_std: Float[Tensor, "b d"]
-    psi: Float[Tensor, "b 1"]
-    psi_log_std: Float[Tensor, "b 1"]
-    origin: Float[Tensor, "b 2"]
-    origin_log_std: Float[Tensor, "b 2"]
+    mean: Float[Tensor, "b latents"]
+    log_std: Float[Tensor, "b latents"]
 
 
 class _Seen(NamedTuple):
@@ -88,10 +84,6 @@ class _Seen(NamedTuple):
     image: Float[Tensor, "b c n n"]
     flipped: Float[Tensor, "b c n n"]
     ctf: Float[Tensor, "b n half"] | None
-
-
-def _sample(batch: Batch, mean: Tensor, log_std: Tensor) -> Tensor:
-    return mean + torch.exp(log_std) * batch.draw(torch.randn, mean)
 
 
 class CoordinateEngine(Engine):
@@ -115,6 +107,9 @@ class CoordinateEngine(Engine):
 
     inside: Tensor
     coordinates_px: Tensor
+    unit: Tensor
+    prior_std: Tensor
+    mean_std: Tensor
 
     def __init__(self, box_px: int, z_dim: int, config: CoordinateConfig) -> None:
         super().__init__()
@@ -128,11 +123,18 @@ class CoordinateEngine(Engine):
         self.register_buffer("inside", inside, persistent=False)
         self.register_buffer("coordinates_px", grid[inside], persistent=False)
         self.pixels = PixelLikelihood(config.pixels, config.channels, config.softplus)
-        n_latents = z_dim + 3
+        shift, rotation = config.shift_std_px, geometry.radians(config.rotation_std_deg)
+        self.register_buffer("unit", torch.tensor([1.0, shift, shift] + [1.0] * z_dim), persistent=False)
+        prior_std = torch.tensor([rotation, shift, shift] + [1.0] * z_dim)
+        self.register_buffer("prior_std", prior_std, persistent=False)
+        mean_std = prior_std.clone()
+        if config.rotation_prior == "free-mean":
+            mean_std[0] = math.inf
+        self.register_buffer("mean_std", mean_std, persistent=False)
         self.encoder = mlp(
             len(inside) * config.channels,
             config.encoder_hidden,
-            2 * n_latents,
+            2 * len(prior_std),
             config.layers,
             config.activation,
         )
@@ -228,15 +230,20 @@ class CoordinateEngine(Engine):
     def encode(self, images: Float[Tensor, "b c n n"]) -> Latents:
         """What the inference network says of images, whose phases are flipped where the CTF is negative."""
         means, log_stds = self.encoder(self._inside(images).flatten(1)).chunk(2, -1)
-        scale = self.config.shift_std_px
-        return Latents(
-            means[:, 3:],
-            log_stds[:, 3:],
-            means[:, :1],
-            log_stds[:, :1],
-            means[:, 1:3] * scale,
-            log_stds[:, 1:3] + math.log(scale),
-        )
+        return Latents(means * self.unit, log_stds + torch.log(self.unit))
+
+    def _split(self, values: Float[Tensor, "b latents"]) -> tuple[Tensor, ...]:
+        parts: tuple[Tensor, ...] = values.split([1, 2, self.z_dim], 1)
+        return parts
+
+    def _parts(self, values: Float[Tensor, "b latents"]) -> tuple[Tensor, Tensor, Tensor]:
+        """psi (b,), origin (b, 2) and z (b, d) of values of all latents; 0 where the pose is fixed."""
+        psi, origin, z = self._split(values)
+        psi = psi if self.config.rotate else torch.zeros_like(psi)
+        return psi.squeeze(1), origin if self.config.translate else torch.zeros_like(origin), z
+
+    def _held(self, z: Float[Tensor, "b *d"]) -> Float[Tensor, "b *d"]:
+        return z if self.z_active else torch.zeros_like(z)
 
     def _expected(
         self, z: Tensor, psi_rad: Tensor, origin_px: Tensor, ctf: Float[Tensor, "b n half"] | None
@@ -263,8 +270,9 @@ class CoordinateEngine(Engine):
         every = turn.repeat_interleave(images.shape[1], 0)
         turned = geometry.pose_references(flat, every, flat.new_zeros(len(flat), 2))
         latents = self.encode(turned.reshape(images.shape))
-        origin = (geometry.rotation_matrix(turn) @ latents.origin[..., None])[..., 0]
-        return latents._replace(psi=latents.psi - turn[:, None], origin=origin)
+        psi, origin, z = self._split(latents.mean)
+        origin = (geometry.rotation_matrix(turn) @ origin[..., None])[..., 0]
+        return latents._replace(mean=torch.cat([psi - turn[:, None], origin, z], 1))
 
     def _turn(self, batch: Batch, seen: _Seen) -> Float[Tensor, "b"] | None:
         """How to turn the encoder's input, None for not at all.
@@ -288,34 +296,25 @@ class CoordinateEngine(Engine):
             for turn in turns:
                 with own_precision(batch.image):
                     latents = self._encode_turned(seen.flipped, turn)
-                z = latents.z if self.z_active else torch.zeros_like(latents.z)
-                origin = latents.origin if config.translate else torch.zeros_like(latents.origin)
-                scores.append(self._log_likelihood(seen, z, latents.psi[:, 0], origin))
+                psi, origin, z = self._parts(latents.mean)
+                scores.append(self._log_likelihood(seen, self._held(z), psi, origin))
             best = torch.stack(scores).argmax(0)
         return torch.stack(turns).gather(0, best[None])[0]
 
-    def _kl_pose(self, latents: Latents) -> Tensor:
-        """KL of the pose; the choice among c turns is one of c equals, so it costs log c nats.
+    def _kl(self, latents: Latents) -> tuple[Float[Tensor, "b"], Float[Tensor, "b"]]:
+        """KL of z and of the pose; the choice among c turns is one of c equals, so it costs log c nats.
 
         While z is held, psi gains nothing by spreading wider than the turns are apart: else it spreads to
         the prior where shapes are round at first, as the mean of digits in every rotation is, and they
         stay round.
         """
-        config = self.config
-        kl = latents.psi.new_zeros(len(latents.psi))
-        if config.rotate:
-            prior_std = geometry.radians(config.rotation_std_deg)
-            spacing, log_std = 2.0 * math.pi / config.pose_candidates, latents.psi_log_std
-            if not self.z_active and spacing < prior_std:
-                log_std = log_std.clamp(max=math.log(spacing))
-            if config.rotation_prior == "normal":
-                kl = kl + kl_normal(latents.psi, log_std, prior_std)
-            else:
-                kl = kl + kl_normal_free_mean(log_std, prior_std)
-            kl = kl + math.log(config.pose_candidates)
-        if config.translate:
-            kl = kl + kl_normal(latents.origin, latents.origin_log_std, config.shift_std_px)
-        return kl
+        config, (mean, log_std) = self.config, latents
+        spacing = 2.0 * math.pi / config.pose_candidates
+        if not self.z_active and spacing < geometry.radians(config.rotation_std_deg):
+            log_std = torch.cat([log_std[:, :1].clamp(max=math.log(spacing)), log_std[:, 1:]], 1)
+        psi, origin, z = self._parts(kl_normal(mean, log_std, self.prior_std, self.mean_std))
+        pose = psi + origin.sum(-1)
+        return z.sum(-1), pose + math.log(config.pose_candidates) if config.rotate else pose
 
     def elbo(self, batch: Batch) -> ElboTerms:
         """The paper's bound, one posterior sample a particle."""
@@ -323,18 +322,12 @@ class CoordinateEngine(Engine):
         turn = self._turn(batch, seen)
         with own_precision(batch.image):
             latents = self._encode_turned(seen.flipped, turn)
-        psi = _sample(batch, latents.psi, latents.psi_log_std)
-        origin = _sample(batch, latents.origin, latents.origin_log_std)
-        z = _sample(batch, latents.z, latents.z_log_std)
-        kl_z = kl_normal(latents.z, latents.z_log_std, 1.0)
-        if not self.z_active:
-            z, kl_z = torch.zeros_like(z), torch.zeros_like(kl_z)
-        if not self.config.rotate:
-            psi = torch.zeros_like(psi)
-        if not self.config.translate:
-            origin = torch.zeros_like(origin)
-        log_likelihood = self._log_likelihood(seen, z, psi[:, 0], origin)
-        return ElboTerms(log_likelihood, kl_z, self._kl_pose(latents))
+        mean, log_std = latents
+        noise = torch.cat([batch.draw(torch.randn, each) for each in self._split(mean)], 1)
+        psi, origin, z = self._parts(mean + torch.exp(log_std) * noise)
+        log_likelihood = self._log_likelihood(seen, self._held(z), psi, origin)
+        kl_z, kl_pose = self._kl(latents)
+        return ElboTerms(log_likelihood, self._held(kl_z), kl_pose)
 
     def infer(self, batch: Batch) -> Posterior:
         """The encoder's means and spreads; log_likelihood is the bound taken at the means.
@@ -343,30 +336,23 @@ class CoordinateEngine(Engine):
         """
         seen = self._seen(batch)
         latents = self._encode_turned(seen.flipped, self._turn(batch, seen))
-        psi, psi_std = latents.psi[:, 0], torch.exp(latents.psi_log_std[:, 0])
-        origin, origin_std = latents.origin, torch.exp(latents.origin_log_std).mean(1)
-        if not self.config.rotate:
-            psi, psi_std = torch.zeros_like(psi), torch.zeros_like(psi_std)
-        if not self.config.translate:
-            origin, origin_std = torch.zeros_like(origin), torch.zeros_like(origin_std)
-        mean, log_std = self._expected(latents.z, psi, origin, seen.ctf)
+        psi, origin, z = self._parts(latents.mean)
+        psi_std, origin_std, z_std = self._parts(torch.exp(latents.log_std))
+        mean, log_std = self._expected(z, psi, origin, seen.ctf)
         data = self._inside(seen.image)
-        bound = (
-            self.pixels.log_prob(mean, log_std, data).sum((1, 2))
-            - kl_normal(latents.z, latents.z_log_std, 1.0)
-            - self._kl_pose(latents)
-        )
+        kl_z, kl_pose = self._kl(latents)
+        bound = self.pixels.log_prob(mean, log_std, data).sum((1, 2)) - kl_z - kl_pose
         expected = self.pixels.expectation(mean).flatten(1)
         a = expected - expected.mean(1, keepdim=True)
         b = data.flatten(1) - data.flatten(1).mean(1, keepdim=True)
         correlation = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp_min(1e-12)
         return Posterior(
-            z_mean=latents.z,
-            z_std=torch.exp(latents.z_log_std),
+            z_mean=z,
+            z_std=z_std,
             psi_rad=geometry.wrap_radians(psi),
             psi_std_rad=psi_std,
             origin_px=origin,
-            origin_std_px=origin_std,
+            origin_std_px=origin_std.mean(1),
             figure_of_merit=correlation.clamp_min(0.0),
             log_likelihood=bound,
             second_mode=torch.zeros_like(psi),

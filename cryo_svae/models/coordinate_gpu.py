@@ -24,8 +24,8 @@ from torch import Tensor
 from cryo_svae import kernels
 
 ROWS = 128  # pixels a program goes through at most; each program writes sums of its own
-TILE = 8192  # units it holds at a time, of the values and each of the sums together
-WARPS = 4
+AT_ONCE = 4  # of these; some programs more at a time hide the wait for memory better than some pixels more
+UNITS_A_WARP = 256  # eight a thread, so that a thread has the same units of all pixels and sums them alone
 ALIGNED = 64  # units
 
 
@@ -56,15 +56,15 @@ class Layout:
         """Programs in all."""
         return self.n * self.parts
 
-    def launch(self, kernel: Any, *tensors: Tensor, sums: int, **constants: int | bool) -> None:
-        """Runs a kernel that holds so many sums."""
+    def launch(self, kernel: Any, *tensors: Tensor, **constants: int | bool) -> None:
+        """Runs a kernel."""
         columns = triton.next_power_of_2(self.width)
-        rows = max(1, TILE // columns // triton.next_power_of_2(1 + sums))
+        warps = min(max(1, columns // UNITS_A_WARP), 32)  # at most what CUDA allows
         each = -(-self.p // self.parts)
         with torch.cuda.device_of(tensors[0]):
             kernel[(self.programs,)](
-                *tensors, self.p, self.parts, each, self.h, self.width,
-                RELU=self.relu, R=rows, C=columns, num_warps=WARPS, **constants,
+                *tensors, self.p, self.parts, self.h, self.width,
+                RELU=self.relu, N_ROWS=each, R=AT_ONCE, C=columns, num_warps=warps, **constants,
             )  # fmt: skip
 
     def first(
@@ -73,17 +73,17 @@ class Layout:
         """Units (n p, width) of the first layer; without a bias, before bias and activation."""
         units = points.new_empty(self.n * self.p, self.width, dtype=lower)
         tensors = points, weight, of_z, weight if bias is None else bias, units
-        self.launch(kernels.first, *tensors, sums=0, ACTIVATE=bias is not None)
+        self.launch(kernels.first, *tensors, ACTIVATE=bias is not None)
         return units
 
     def activate(self, units: Tensor, bias: Tensor) -> None:
         """Adds the bias and activates, in place."""
-        self.launch(kernels.activate, units, bias, sums=0)
+        self.launch(kernels.activate, units, bias)
 
     def last(self, units: Tensor, bias: Tensor, weight: Tensor, bias_out: Tensor) -> Tensor:
         """Outputs (n p, out) in float32, of units before bias and activation."""
         output = bias.new_empty(len(units), len(weight))
-        self.launch(kernels.last, units, bias, weight, bias_out, output, sums=0, N_OUT=len(weight))
+        self.launch(kernels.last, units, bias, weight, bias_out, output, N_OUT=len(weight))
         return output
 
     def last_backward(
@@ -94,13 +94,13 @@ class Layout:
         of_bias = bias.new_empty(self.programs, self.h)
         of_weight = bias.new_empty(self.programs, n_out, self.h)
         tensors = gradient, units, bias, weight, made, of_bias, of_weight
-        self.launch(kernels.last_backward, *tensors, sums=2, N_OUT=n_out)
+        self.launch(kernels.last_backward, *tensors, N_OUT=n_out, OUTS=triton.next_power_of_2(n_out))
         return made, of_bias.sum(0), of_weight.sum(0)
 
     def slope(self, gradient: Tensor, units: Tensor) -> Tensor:
         """Takes the gradient of activated units back to before, in place; that of their bias (h,)."""
         of_bias = gradient.new_empty(self.programs, self.h, dtype=torch.float32)
-        self.launch(kernels.slope, gradient, units, of_bias, sums=1)
+        self.launch(kernels.slope, gradient, units, of_bias)
         return of_bias.sum(0)
 
     def first_backward(
@@ -114,7 +114,7 @@ class Layout:
         of_z = points.new_empty(self.n, self.parts, self.h)
         of_weight = points.new_empty(self.programs, self.h, 2)
         tensors = gradient, gradient if units is None else units, points, weight, of_points, of_z, of_weight
-        self.launch(kernels.first_backward, *tensors, sums=3, ACTIVATED=units is not None)
+        self.launch(kernels.first_backward, *tensors, ACTIVATED=units is not None)
         return of_points, of_z.sum(1), of_weight.sum(0)
 
     def padded(self, weight: Tensor, lower: torch.dtype) -> Tensor:
@@ -196,6 +196,7 @@ def every_pixel(
 
 
 def try_out(device: torch.device) -> None:
-    """Makes and runs a kernel; raises what Triton raises where it cannot."""
-    units = torch.zeros(1, ALIGNED, device=device)
-    Layout(1, 1, ALIGNED, relu=False).activate(units, units[0])
+    """Makes and runs a kernel in either precision; raises what Triton raises where it cannot."""
+    bias = torch.zeros(ALIGNED, device=device)
+    for lower in (torch.float32, torch.bfloat16):
+        Layout(1, 1, ALIGNED, relu=False).activate(bias.new_zeros(1, ALIGNED, dtype=lower), bias)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
 def kl_normal(
-    mean: Float[Tensor, "b d"], log_std: Float[Tensor, "b d"], prior_std: float
-) -> Float[Tensor, "b"]:
-    """KL(N(mean, std²) ‖ N(0, prior_std²)), summed over the last axis."""
+    mean: Float[Tensor, "b d"],
+    log_std: Float[Tensor, "b d"],
+    prior_std: Float[Tensor, "d"],
+    mean_std: Float[Tensor, "d"],
+) -> Float[Tensor, "b d"]:
+    """KL(N(mean, std²) ‖ N(0, prior_std²)) of each of d numbers.
+
+    ``mean_std`` is ``prior_std``, or infinite where the prior is centred on the mean, wherever that is.
+    """
     variance_ratio = torch.exp(2.0 * log_std) / prior_std**2
-    each = math.log(prior_std) - log_std + 0.5 * (variance_ratio + (mean / prior_std) ** 2 - 1.0)
-    return each.sum(-1)
-
-
-def kl_normal_free_mean(log_std: Float[Tensor, "b d"], prior_std: float) -> Float[Tensor, "b"]:
-    """The same with the mean left free: -log std + log s + std²/(2 s²) - 1/2, summed."""
-    return kl_normal(torch.zeros_like(log_std), log_std, prior_std)
+    return torch.log(prior_std) - log_std + 0.5 * (variance_ratio + (mean / mean_std) ** 2 - 1.0)

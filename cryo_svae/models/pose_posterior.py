@@ -66,28 +66,55 @@ class Look:
         spectrum: Tensor = torch.fft.rfft(self.power)
         return spectrum
 
-    def inner(self, content: Float[Tensor, "b k 2 p"]) -> Float[Tensor, "b k t n"]:
+    def inner(self, content: Float[Tensor, "#b k 2 p"]) -> Float[Tensor, "b k t n"]:
         """<S_o h y / sigma², R_psi c> of k contents for every trial origin o and psi."""
         # irfft takes each order above 0 for two
-        one_sided = self.polar.by_order(content * self.polar.one_sided)
-        by_order = self.spectra @ torch.conj_physical(one_sided).permute(0, 2, 3, 1)
-        scores: Tensor = torch.fft.irfft(by_order.permute(0, 3, 2, 1).conj(), n=self.n_psi, norm="forward")
+        one_sided = torch.conj_physical(self.polar.by_order(content * self.polar.one_sided))
+        n, n_orders, n_origins, n_rings = self.spectra.shape
+        if len(content) == n:
+            by_order = (self.spectra @ one_sided.permute(0, 2, 3, 1)).permute(0, 3, 2, 1)
+        else:  # the same for all particles: one large product for each order
+            together = self.spectra.transpose(0, 1).reshape(n_orders, n * n_origins, n_rings)
+            product = together @ one_sided[0].permute(1, 2, 0)
+            by_order = product.view(n_orders, n, n_origins, -1).permute(1, 3, 2, 0)
+        scores: Tensor = torch.fft.irfft(by_order.conj(), n=self.n_psi, norm="forward")
         return scores
 
-    def energy(self, content: Float[Tensor, "b k 2 p"]) -> Float[Tensor, "b k n"]:
+    def energy(self, content: Float[Tensor, "#b k 2 p"]) -> Float[Tensor, "b k n"]:
         """<h² R_psi c / sigma², R_psi c> of k contents for every psi; (b, k, 1) without astigmatism."""
-        if self.power.shape[-1] == 1:
-            squared = content.square().sum(2)
-            everywhere: Tensor = squared @ self.power[:, self.polar.ring]
-            return everywhere
-        samples = self.polar.samples(content.flatten(0, 1)).unflatten(0, content.shape[:2])
+        if self.power.shape[-1] > 1:
+            return self._energy_of(self._samples(content))
+        squared = content.square().sum(2)
+        by_pair = self.power[:, self.polar.ring]
+        shared = len(content) != len(by_pair)
+        everywhere: Tensor = (squared[0] if shared else squared) @ by_pair
+        return everywhere
+
+    def _samples(self, content: Float[Tensor, "#b k 2 p"]) -> Float[Tensor, "#b k r a"]:
+        samples: Tensor = self.polar.samples(content.flatten(0, 1)).unflatten(0, content.shape[:2])
+        return samples
+
+    def _energy_of(self, samples: Float[Tensor, "#b k r a"]) -> Float[Tensor, "b k n"]:
+        """The energy from samples of the contents."""
         # the power repeats after half a turn, so that of the square only what repeats counts
         here, opposite = samples.chunk(2, -1)
         squared = torch.fft.rfft(here.square().addcmul_(opposite, opposite))
-        product = (self._power_spectrum.conj()[:, None] * squared).sum(2)
+        power = self._power_spectrum.conj()
+        if len(samples) == len(power):
+            product = (power[:, None] * squared).sum(2)
+        else:
+            product = (power.permute(2, 0, 1) @ squared[0].permute(2, 1, 0)).permute(1, 2, 0)
         scale = 0.5 / self.power.shape[-1] ** 2
         half_turn: Tensor = torch.fft.irfft(product, n=self.n_psi // 2, norm="forward") * scale
         return half_turn.repeat(1, 1, 2)
+
+    def _mean_power(self, psi_probability: Float[Tensor, "b n"]) -> Float[Tensor, "b 1 r 1 h"]:
+        """Posterior mean of h² / sigma² in the reference's frame, on the samples of half a turn."""
+        spectrum = self._power_spectrum
+        half_turn = psi_probability.unflatten(-1, (2, -1)).sum(-2)
+        turn = torch.fft.rfft(half_turn)[:, None, : spectrum.shape[-1]]
+        power: Tensor = torch.fft.irfft(spectrum * turn, n=self.power.shape[-1])
+        return power[:, None, :, None]
 
     def filtered(
         self, content: Float[Tensor, "b k 2 p"], psi_probability: Float[Tensor, "b n"]
@@ -95,42 +122,88 @@ class Look:
         """Posterior mean of h² c / sigma² of k contents in the reference's frame."""
         if self.power.shape[-1] == 1:
             return self.power[:, None, None, self.polar.ring, 0] * content
-        spectrum, n_half = self._power_spectrum, self.power.shape[-1]
-        half_turn = psi_probability.unflatten(-1, (2, -1)).sum(-2)
-        turn = torch.fft.rfft(half_turn)[:, None, : spectrum.shape[-1]]
-        power = torch.fft.irfft(spectrum * turn, n=n_half)[:, None, :, None]
-        samples = self.polar.samples(content.flatten(0, 1)).unflatten(0, content.shape[:2])
-        product = (power * samples.unflatten(-1, (2, -1))).flatten(-2)
-        seen = self.polar.spectra(product.flatten(0, 1))
+        samples = self._samples(content)
+        product = self._mean_power(psi_probability) * samples.unflatten(-1, (2, -1))
+        seen = self.polar.spectra(product.flatten(-2).flatten(0, 1))
         packed: Tensor = self.polar.pack(seen).unflatten(0, content.shape[:2])
         return packed
 
     def scores(
-        self, content: Float[Tensor, "b k 2 p"], log_prior: Float[Tensor, "b t"]
+        self, content: Float[Tensor, "#b k 2 p"], log_prior: Float[Tensor, "b t"]
     ) -> Float[Tensor, "b k t n"]:
         """l(psi, o) + log prior masses of k contents: uniform psi, and those given of the trial origins."""
-        prior = log_prior[:, None, :, None] - math.log(self.n_psi)
-        return self.inner(content) - 0.5 * self.energy(content)[:, :, None] + prior
+        return self._joint(self.inner(content), self.energy(content), log_prior)
+
+    def _joint(
+        self,
+        inner: Float[Tensor, "b k t n"],
+        energy: Float[Tensor, "b k #n"],
+        log_prior: Float[Tensor, "b t"],
+    ) -> Float[Tensor, "b k t n"]:
+        inner.sub_(0.5 * energy[:, :, None])
+        return inner.add_((log_prior - math.log(self.n_psi))[:, None, :, None])
+
+    def expansion(
+        self,
+        content: Float[Tensor, "b 2 p"],
+        slopes: Float[Tensor, "b d 2 p"],
+        log_prior: Float[Tensor, "b t"],
+    ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b d"], Float[Tensor, "b d d"]]:
+        """Log evidence of contents; its gradient along slopes, and the complete-data information."""
+        both = torch.cat([content[:, None], slopes], 1)
+        if self.power.shape[-1] == 1:
+            probability, log_evidence = self._chance(self.energy(both[:, :1]), both[:, :1], log_prior)
+            weighted = (self.power[:, None, None, self.polar.ring, 0] * both).flatten(2)
+            products = weighted @ both.flatten(2).mT
+        else:
+            samples = self._samples(both)
+            energy = self._energy_of(samples[:, :1])
+            probability, log_evidence = self._chance(energy, both[:, :1], log_prior)
+            power = self._mean_power(probability.sum(1))
+            weighted = (power * samples.unflatten(-1, (2, -1))).flatten(2)
+            products = weighted @ samples.flatten(2).mT / samples.shape[-1]  # Parseval
+        aligned = self._aligned(probability).flatten(1)
+        gradient = (slopes.flatten(2) @ aligned[..., None])[..., 0] - products[:, 1:, 0]
+        return log_evidence, gradient, products[:, 1:, 1:]
+
+    def _chance(
+        self,
+        energy: Float[Tensor, "b 1 #n"],
+        content: Float[Tensor, "b 1 2 p"],
+        log_prior: Float[Tensor, "b t"],
+    ) -> tuple[Float[Tensor, "b t n"], Float[Tensor, "b"]]:
+        log_evidence, probability = normalised(self._joint(self.inner(content), energy, log_prior)[:, 0])
+        return probability, log_evidence
+
+    def _aligned(self, probability: Float[Tensor, "b t n"]) -> Float[Tensor, "b 2 p"]:
+        """Posterior mean of the filtered data, centred and turned into the reference's frame."""
+        turn = torch.fft.rfft(probability)[..., : self.spectra.shape[1]]
+        aligned = turn.permute(0, 2, 1)[:, :, None] @ self.spectra
+        packed: Tensor = self.polar.packed_from_orders(aligned[:, :, 0])
+        return packed
 
     def posterior(self, content: Float[Tensor, "b 2 p"], log_prior: Float[Tensor, "b t"]) -> PosePosterior:
         """The posterior under log prior masses of the trial origins and uniform psi."""
         joint = self.scores(content[:, None], log_prior)[:, 0]
         log_evidence, probability = normalised(joint)
         log_ratio = (probability * (joint - log_prior[..., None])).sum((1, 2)) + math.log(self.n_psi)
-        turn = torch.fft.rfft(probability)[..., : self.spectra.shape[1]]
-        aligned = turn.permute(0, 2, 1)[:, :, None] @ self.spectra
         filtered = self.filtered(content[:, None], probability.sum(1))[:, 0]
-        packed = self.polar.packed_from_orders(aligned[:, :, 0])
-        return PosePosterior(log_evidence, probability, log_ratio - log_evidence, packed, filtered)
+        return PosePosterior(
+            log_evidence, probability, log_ratio - log_evidence, self._aligned(probability), filtered
+        )
 
 
 def normalised(log_mass: Float[Tensor, "b *more"]) -> tuple[Float[Tensor, "b"], Float[Tensor, "b *more"]]:
     """Log of each row's total mass, and its shares; the smallest shares are about 1e-12."""
+    top, mass = masses(log_mass)
+    total = mass.flatten(1).sum(1)
+    return top + torch.log(total), mass.div_(_like(total, mass))
+
+
+def masses(log_mass: Float[Tensor, "b *more"]) -> tuple[Float[Tensor, "b"], Float[Tensor, "b *more"]]:
+    """Log of each row's greatest mass, and all masses in units of it; the smallest are 1e-12."""
     top = log_mass.flatten(1).amax(1)
-    over = tuple(range(1, log_mass.ndim))
-    mass = torch.exp((log_mass - _like(top, log_mass)).clamp(min=LOG_NEGLIGIBLE))
-    total = mass.sum(over)
-    return top + torch.log(total), mass / _like(total, mass)
+    return top, (log_mass - _like(top, log_mass)).clamp_(min=LOG_NEGLIGIBLE).exp_()
 
 
 def _like(values: Float[Tensor, "b"], shape: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ particle depends on its neighbours.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cryo_svae.geometry import wrap_radians
 from cryo_svae.models.engine import Batch, Posterior
-from cryo_svae.models.pose_posterior import Look, disc_of_points, mean_origin, normalised
+from cryo_svae.models.pose_posterior import Look, disc_of_points, masses, mean_origin, normalised
 from cryo_svae.models.refinement import (
     INFLATION,
     LocalModel,
@@ -39,6 +39,22 @@ FINER_ANGLES = 2  # times as many rotations are summed over in inference as in t
 PIECE = 2**22  # scores held at a time on a CPU; more of them leave the processor's cache
 GPU_SHARE = 0.25  # of its memory, for a piece
 COPIES = 6  # of its largest arrays that a search holds at a time
+
+
+class _Seen(NamedTuple):
+    """Particles at trial origins.
+
+    origins:   (b, t, 2).
+    log_prior: of each origin (b, t).
+    z:         the better of two contents (b, d).
+    chance:    of each origin under it (b, t), sums to 1.
+    """
+
+    origins: Tensor
+    look: Look
+    log_prior: Tensor
+    z: Tensor
+    chance: Tensor
 
 
 class PosteriorSearch(nn.Module):
@@ -102,8 +118,11 @@ class PosteriorSearch(nn.Module):
     def _posterior(self, batch: Batch) -> Posterior:
         engine = self.engine
         here, z, step_px = self._first_guess(batch)
-        origins, look, log_prior, z = self._look_around(batch, here, z, step_px, self.fine)
-        mode, curvature = newton_mode(z, lambda at: self._local_model(at, look, log_prior))
+        seen = self._look_around(batch, here, z, step_px, self.fine)
+        look, log_prior = seen.look, seen.log_prior
+        mode, curvature = newton_mode(
+            seen.z, lambda at: LocalModel(*look.expansion(*self._slopes(at), log_prior))
+        )
         root = root_covariance(curvature - self._missing_information(mode, look, log_prior))
         at = mode[:, None] + self.points @ root.mT
         log_proposal = -0.5 * (self.points / INFLATION).square().sum(1)
@@ -113,7 +132,7 @@ class PosteriorSearch(nn.Module):
         volume = torch.linalg.slogdet(root).logabsdet + engine.z_dim * math.log(INFLATION)
         log_evidence = log_total - math.log(len(self.points)) + volume
         psi, psi_std, second_mode = summarise_angle(probability.sum(1))
-        origin, origin_variance = mean_origin(probability.sum(2), origins)
+        origin, origin_variance = mean_origin(probability.sum(2), seen.origins)
         return Posterior(
             z_mean=z_mean,
             z_std=z_variance.sqrt(),
@@ -136,9 +155,10 @@ class PosteriorSearch(nn.Module):
         """Log total and shares of the importance weights of k points, and the mean pose posterior."""
         content = self.engine.generator(at.flatten(0, 1)).unflatten(0, at.shape[:2])
         log_weight = -0.5 * at.square().sum(2) - log_proposal
-        joint = look.scores(content, log_prior) + log_weight[..., None, None]
-        log_total, share = normalised(joint)
-        return log_total, share.sum((2, 3)), share.sum(1)
+        top, mass = masses(look.scores(content, log_prior).add_(log_weight[..., None, None]))
+        of_point = mass.sum((2, 3))
+        total = of_point.sum(1)
+        return top + torch.log(total), of_point / total[:, None], mass.sum(1) / total[:, None, None]
 
     def _first_guess(
         self, batch: Batch
@@ -152,9 +172,9 @@ class PosteriorSearch(nn.Module):
         step_px = torch.full_like(here[:, 0], COARSE_STEP_PX / 2.0 if engine.shifts else 0.0)
         finest = (COARSE_STEP_PX / 4.0, FINE_STEP_PX[0]) if engine.shifts else ()
         for finest_px in finest:
-            origins, look, log_prior, z = self._look_around(batch, here, z, step_px, self.wide)
-            pose = look.posterior(engine.generator(z), log_prior)
-            here, variance = mean_origin(pose.probability.sum(-1), origins)
+            seen = self._look_around(batch, here, z, step_px, self.wide)
+            z = seen.z
+            here, variance = mean_origin(seen.chance, seen.origins)
             here = engine.within_reach(here)
             step_px = (STEP_STD * variance.sqrt()).clamp(finest_px, FINE_STEP_PX[1])
         return here, z, step_px
@@ -166,53 +186,41 @@ class PosteriorSearch(nn.Module):
         z: Float[Tensor, "b d"],
         step_px: Float[Tensor, "b"],
         disc: Float[Tensor, "t 2"],
-    ) -> tuple[Float[Tensor, "b t 2"], Look, Float[Tensor, "b t"], Float[Tensor, "b d"]]:
-        """Origins on a disc in steps, the particles there, log priors, and the better z."""
+    ) -> _Seen:
+        """Particles at origins on a disc in steps, with the better of z and the encoder's answer there."""
         engine = self.engine
         offsets = disc * step_px[:, None, None]
         origins = here[:, None] + offsets
-        look, restored = engine.look(batch, here, offsets)
+        look, restored = engine.look(batch, here, offsets, rounded=disc is not self.fine)
         log_prior = engine.log_prior(origins, step_px)
-        return origins, look, log_prior, self._better(z, engine.encode(restored)[0], look, log_prior)
-
-    def _better(
-        self,
-        z: Float[Tensor, "b d"],
-        other: Float[Tensor, "b d"],
-        look: Look,
-        log_prior: Float[Tensor, "b t"],
-    ) -> Float[Tensor, "b d"]:
-        """Of two contents of each particle, the one of greater posterior density."""
-        both = torch.stack([z, other], 1)
-        share = self._weigh(both, torch.zeros(2, device=z.device), look, log_prior)[1]
-        return torch.where(share[:, :1] > share[:, 1:], z, other)
+        both = torch.stack([z, engine.encode(restored)[0]], 1)
+        content = engine.generator(both.flatten(0, 1)).unflatten(0, both.shape[:2])
+        log_weight = -0.5 * both.square().sum(2)
+        _, mass = masses(look.scores(content, log_prior).add_(log_weight[..., None, None]))
+        of_origin = mass.sum(3)
+        of_content = of_origin.sum(2)
+        first = of_content[:, :1] > of_content[:, 1:]
+        chance = torch.where(first, of_origin[:, 0], of_origin[:, 1])
+        better = torch.where(first, both[:, 0], both[:, 1])
+        return _Seen(origins, look, log_prior, better, chance / chance.sum(1, keepdim=True))
 
     def _coarse_search(self, batch: Batch) -> tuple[Float[Tensor, "b 2"], Float[Tensor, "b d"]]:
         """The best of a grid over the whole disc of origins, and of the known contents."""
         engine = self.engine
         offsets = self.widest * COARSE_STEP_PX
-        look, _ = engine.look(batch, offsets.new_zeros(len(batch), 2), offsets, self.coarse)
+        centre = offsets.new_zeros(len(batch), 2)
+        look, _ = engine.look(batch, centre, offsets, self.coarse, rounded=True)
         content = engine.generator(engine.known_z)[..., : self.coarse.n_pairs]
         log_prior = engine.log_prior(offsets.expand(len(batch), -1, -1), COARSE_STEP_PX)
-        _, share = normalised(look.scores(content.expand(len(batch), -1, -1, -1), log_prior))
-        share = share.sum(3)
-        return offsets[share.sum(1).argmax(1)], engine.known_z[share.sum(2).argmax(1)]
+        _, mass = masses(look.scores(content[None], log_prior))
+        chance = mass.sum(3)
+        return offsets[chance.sum(1).argmax(1)], engine.known_z[chance.sum(2).argmax(1)]
 
     def _slopes(self, z: Float[Tensor, "b d"]) -> tuple[Float[Tensor, "b 2 p"], Float[Tensor, "b d 2 p"]]:
         """Generated coefficients, and their derivatives by each component of z."""
         units = torch.eye(z.shape[1], device=z.device)[:, None].expand(-1, len(z), -1)
         content, slopes = self.engine.generator.along(z, units)
         return content, slopes.transpose(0, 1)
-
-    def _local_model(
-        self, z: Float[Tensor, "b d"], look: Look, log_prior: Float[Tensor, "b t"]
-    ) -> LocalModel:
-        content, slopes = self._slopes(z)
-        pose = look.posterior(content, log_prior)
-        gradient = torch.einsum("bdcp,bcp->bd", slopes, pose.aligned - pose.filtered)
-        filtered = look.filtered(slopes, pose.probability.sum(1))
-        curvature = slopes.flatten(2) @ filtered.flatten(2).mT
-        return LocalModel(pose.log_evidence, gradient, curvature)
 
     def _missing_information(
         self, z: Float[Tensor, "b d"], look: Look, log_prior: Float[Tensor, "b t"]
@@ -222,8 +230,7 @@ class PosteriorSearch(nn.Module):
         Louis 1982, J. R. Stat. Soc. B 44, 226.
         """
         content, slopes = self._slopes(z)
-        probability = look.posterior(content, log_prior).probability
-        scores = look.inner(slopes)
-        mean = (probability[:, None] * scores).sum((2, 3))
-        centred = (scores - mean[..., None, None]).flatten(2)
-        return (centred * probability.flatten(1)[:, None]) @ centred.mT
+        probability = normalised(look.scores(content[:, None], log_prior)[:, 0])[1].flatten(1)[:, None]
+        scores = look.inner(slopes).flatten(2)
+        centred = scores.sub_(scores @ probability.mT)
+        return (centred * probability) @ centred.mT

@@ -246,7 +246,7 @@ class SteerableEngine(Engine):
         """Bound per particle; moves the particles' origins and, while training, the running averages."""
         with torch.no_grad(), own_precision(batch.image):
             here, offsets = self._trial_origins(batch.index)
-            look, restored = self.look(batch, here, offsets)
+            look, restored = self.look(batch, here, offsets, rounded=self.training)
         mean, log_std = self.encode(restored)
         origins = here[:, None] + offsets
         log_prior = self.log_prior(origins, self.search_step_px)
@@ -358,10 +358,12 @@ class SteerableEngine(Engine):
         here: Float[Tensor, "b 2"],
         offsets: Float[Tensor, "*each t 2"],
         polar: PolarTransform | None = None,
+        rounded: bool = False,
     ) -> tuple[Look, Float[Tensor, "b 2 p"]]:
         """Particles at trial origins here + offsets; and centred at ``here`` for the encoder.
 
-        A coarser ``polar`` than the engine's looks at fewer rings. The encoder is shown y / sigma
+        A coarser ``polar`` than the engine's looks at fewer rings; ``rounded`` as in its
+        ``shifted_spectra``. The encoder is shown y / sigma
         (noise of variance 1) with its CTF undone as far as the ring's signal-to-noise ratio allows
         (Wiener).
         """
@@ -379,7 +381,7 @@ class SteerableEngine(Engine):
             return look, centred * restore[:, None, ring, 0]
         samples = _both_halves(polar.shift(polar.samples(images), here), by_variance)
         restored = polar.pack(polar.spectra(_both_halves(samples, restore)))
-        spectra = polar.shifted_spectra(samples, offsets, rounded=self.training)
+        spectra = polar.shifted_spectra(samples, offsets, rounded)
         return Look(polar, spectra, power, n_psi), restored
 
     def encode(self, restored: Float[Tensor, "b 2 p"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]]:

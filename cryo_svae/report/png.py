@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import struct
 import zlib
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,7 @@ from scipy import fft
 
 Reals = NDArray[np.floating[Any]]
 Grey = NDArray[np.uint8]
+Pixel = TypeVar("Pixel", bound=np.generic)
 
 LARGEST_SIDE_PX = 128
 
@@ -72,7 +73,7 @@ def to_grey(images: Reals, *, together: bool) -> Grey:
     return np.round(255 * np.clip(share, 0.0, 1.0)).astype(np.uint8)
 
 
-def sheet(images: Grey) -> Grey:
+def sheet(images: NDArray[Pixel]) -> NDArray[Pixel]:
     """Tiles (rows, columns, m, m) as one image."""
     rows, columns, height, width = images.shape
     return images.transpose(0, 2, 1, 3).reshape(rows * height, columns * width)

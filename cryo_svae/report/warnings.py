@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from cryo_svae import geometry
 
@@ -100,7 +100,7 @@ def shifts_at_limit(
     found = []
     if prior_std_angst is not None and prior_std_angst > 0:
         far = int((radius > FAR_SHIFT * prior_std_angst).sum())
-        surprise = stats.binom.sf(far - 1, n_particles, FAR_SHARE)
+        surprise = special.bdtrc(far - 1, n_particles, FAR_SHARE)
         if far > FAR_EXCESS * FAR_SHARE * n_particles and surprise < SIGNIFICANCE:
             found.append(
                 f"{far / n_particles:.0%} of the shifts are longer than {FAR_SHIFT * prior_std_angst:.1f} "
@@ -155,7 +155,7 @@ def explained(z: Reals, columns: Reals) -> Reals:
     p = int(kept.sum())
     total = np.maximum((target**2).mean(0), 1e-300)
     r2 = np.clip(((scores.T @ target / n) ** 2).sum(0) / total, 0.0, 1.0 - 1e-12)
-    by_chance = stats.f.sf(r2 / p / ((1 - r2) / (n - p - 1)), p, n - p - 1)
+    by_chance = special.fdtrc(p, n - p - 1, r2 / p / ((1 - r2) / (n - p - 1)))
     adjusted = 1.0 - (1.0 - r2) * (n - 1) / (n - p - 1)
     return np.where(by_chance < SIGNIFICANCE / z.shape[1], np.maximum(adjusted, 0.0), 0.0)
 

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cryo_svae.models import coordinate_generator
+from cryo_svae.models.coordinate import CoordinateConfig, CoordinateEngine
 from cryo_svae.models.coordinate_generator import CoordinateGenerator
+from cryo_svae.models.engine import Batch
 
 pytest.importorskip("triton")
 from cryo_svae.models import coordinate_gpu
 from cryo_svae.models.coordinate_gpu import Layout, every_pixel
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-N, P, H = 2, 11, 13  # nothing a multiple of anything
+N, P, H = 2, 13, 11  # two programs an image, 7 and 6 pixels, two at a time
 
 
 @pytest.fixture(autouse=True)
 def many_programs_and_steps(monkeypatch):
     """Small sizes go through several programs an image, of several steps, the last of each cut off."""
     monkeypatch.setattr(coordinate_gpu, "ROWS", 8)
-    monkeypatch.setattr(coordinate_gpu, "TILE", 256)
+    monkeypatch.setattr(coordinate_gpu, "AT_ONCE", 2)
     torch.manual_seed(0)
 
 
@@ -92,11 +100,11 @@ def test_in_bfloat16_errors_are_its_rounding(layers):
     ours = every_pixel(*inputs[:2], False, torch.bfloat16, True, *inputs[2:])
     theirs = formula(*inputs[:2], False, inputs[2:])
     assert ours.dtype == torch.float32
-    assert 1e-5 < relative_error(ours, theirs) < 1e-2
+    assert 1e-5 < relative_error(ours, theirs) < 3e-2
     direction = random(N, P, 1)
     found = torch.autograd.grad((ours * direction).sum(), inputs)
     expected = torch.autograd.grad((theirs * direction).sum(), inputs)
-    assert relative_error(flat(found), flat(expected)) < 2e-2
+    assert relative_error(flat(found), flat(expected)) < 3e-2
 
 
 def test_without_gradients_outputs_are_the_same():
@@ -150,6 +158,34 @@ def test_the_generator_takes_them_where_they_are(monkeypatch, activation):
     assert relative_error(generator(points, z), expected) < 1e-6
 
 
+class Operations(TorchDispatchMode):
+    """Counts operations that run a kernel: neither views nor memory asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_view = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        self.n += not is_view and "empty" not in func.name()
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_is_few_operations(monkeypatch):
+    """Each takes a GPU a microsecond or more, however little it does."""
+    launched = []
+    monkeypatch.setattr(coordinate_generator, "gpu_kernels", lambda device: coordinate_gpu)
+    monkeypatch.setattr(
+        Layout, "launch", lambda layout, kernel, *tensors, **constants: launched.append(kernel)
+    )
+    engine = CoordinateEngine(8, 2, CoordinateConfig(hidden=H, encoder_hidden=H, pixels="bernoulli"))
+    data = Batch(torch.arange(N), torch.rand(N, 1, 8, 8), None)
+    with Operations() as counted:
+        engine.eval().elbo(data).elbo.mean().backward()
+    assert len(launched) == 4
+    assert counted.n <= 120
+
+
 def test_where_they_cannot_be_made_the_engine_goes_without(monkeypatch, caplog):
     def fails(device):
         raise RuntimeError("no C compiler")
@@ -165,3 +201,14 @@ def test_where_they_cannot_be_made_the_engine_goes_without(monkeypatch, caplog):
 def test_a_processor_does_without():
     assert coordinate_generator.gpu_kernels(torch.device("cpu")) is None
     coordinate_gpu.try_out(DEVICE)
+
+
+def test_every_kernel_compiles_for_an_h100(tmp_path):
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.models.compile_kernels"]
+    done = subprocess.run(
+        command, env=environment, cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    kernels = {"first", "activate", "last", "last_backward", "slope", "first_backward"}
+    assert set(done.stdout.split()) == kernels
