@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,14 +93,19 @@ def seconds(work: Callable[[], object], repeats: int, warm_ups: int = 3) -> floa
     return sorted(times)[len(times) // 2]
 
 
-def kernels(work: Callable[[], object]) -> tuple[int, float]:
-    """Kernels of a call, and the milliseconds that they run."""
+def kernels(work: Callable[[], object], longest: int = 0) -> tuple[int, float]:
+    """Kernels of a call, and the milliseconds that they run; prints the ``longest`` of them."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         work()
         torch.cuda.synchronize()
     events = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return len(events), sum(e.self_device_time_total for e in events) / 1e3
+    spent: Counter[str] = Counter()
+    for event in events:
+        spent[event.name[:110]] += event.self_device_time_total / 1e3
+    for name, ms in spent.most_common(longest):
+        print(f"    {ms:8.2f} ms  {name}", flush=True)
+    return len(events), sum(spent.values())
 
 
 class Card:
@@ -197,7 +203,7 @@ def estimation_rows(card: Card) -> None:
         batch = store.batch(torch.arange(n), GPU)
         torch.cuda.reset_peak_memory_stats()
         took = seconds(lambda engine=engine, batch=batch: engine.infer(batch), 2, 1)
-        n_kernels, busy_ms = kernels(lambda engine=engine, batch=batch: engine.infer(batch))
+        n_kernels, busy_ms = kernels(lambda engine=engine, batch=batch: engine.infer(batch), 14)
         few = store.batch(torch.arange(512), GPU)
         floors = card.floors(lambda engine=engine, few=few: engine.infer(few))
         a_thousand = {k: v * 1000 / 512 for k, v in floors.items() if k != "operations"}
@@ -419,7 +425,7 @@ def main() -> None:
         "check": lambda: check(arguments.source),
         "training": lambda: training_rows(card),
         "estimation": lambda: estimation_rows(card),
-        "coordinate": lambda: coordinate_gpu.show(coordinate_gpu.rows()),
+        "coordinate": lambda: coordinate_gpu.show([*coordinate_gpu.check(GPU), *coordinate_gpu.rows()]),
         "job": lambda: job_rows(arguments.source, arguments.particles),
         "batches": lambda: batch_rows(arguments.source),
     }

@@ -84,11 +84,11 @@ def _posterior(
     log_prior = engine.log_prior(origin_px[:, None] + offsets, STEP_PX)
     middle = len(offsets) // 2
     at_truth = Look(look.polar, look.spectra[:, :, middle : middle + 1], look.power, look.n_psi)
-    scores = at_truth.scores(templates[None], torch.zeros(1, 1))[0]
+    scores = at_truth.scores(templates[None], torch.zeros(1, 1, 1))[0]
     best = torch.logsumexp(scores, (1, 2))
     matters = (best > best.max() - MATTERS).nonzero()[:, 0]
     chance = torch.zeros(len(templates), look.n_psi)
-    chance[matters] = normalised(look.scores(templates[None, matters], log_prior))[1][0].sum(1)
+    chance[matters] = normalised(look.scores(templates[None, matters], log_prior[:, None]))[1][0].sum(1)
     return chance, 2.0 * math.pi / look.n_psi * torch.arange(look.n_psi)
 
 

@@ -15,7 +15,7 @@ from cryo_svae.estimation import EstimateTable
 
 PARTICLES_A_CLASS = 100
 MOST_CLASSES = 50
-MOST_FOR_CENTRES = 100_000  # particles that centres are found from; k-means++ takes k numbers of each
+MOST_FOR_CENTRES = 25_000  # particles that centres are found from; k-means++ takes k numbers of each
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def default_classes(n_particles: int) -> int:
 def classify(table: EstimateTable, n_classes: int, seed: int) -> Classes:
     """k-means (k-means++ start) on the z of usable particles; fewer classes where z are too few.
 
-    Centres are those of 100,000 particles drawn at random, where there are more; every particle then
+    Centres are those of 25,000 particles drawn at random, where there are more; every particle then
     goes to its nearest.
     """
     from scipy.cluster.vq import kmeans2  # a quarter of a second, for those who classify

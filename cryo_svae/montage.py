@@ -30,9 +30,11 @@ def montage_poses(
     the order in which a minimum spanning tree reaches them, so that like images end up alike. 0 for
     an image without contrast.
     """
-    transform = PolarTransform(images.shape[-1], radius_px).to(images.device)
+    box_px = images.shape[-1]
+    transform = PolarTransform(box_px, radius_px, LARGEST_MOVE * box_px).to(images.device)
     psi, origin = images.new_zeros(len(images)), images.new_zeros(len(images), 2)
-    spectra = _normalised(transform.dense(transform(images)))
+    packed = transform(images)
+    spectra = _normalised(transform.dense(packed))
     laid = images.clone()
     parent = torch.zeros(len(images), dtype=torch.long)
     likeness = _correlations(spectra[0], spectra).amax(-1)
@@ -42,12 +44,23 @@ def montage_poses(
         k = int(torch.where(waiting, likeness, -torch.inf).argmax())
         waiting[k] = False
         if likeness[k] > 0:
-            psi[k], origin[k] = _lay(images[k], laid[parent[k]], transform)
+            other = int(parent[k])
+            target = _aligned(transform, packed[other], psi[other], origin[other])
+            psi[k], origin[k] = _lay(images[k], packed[k], laid[other], target, transform)
             laid[k] = geometry.align_images(images[k : k + 1], psi[k : k + 1], origin[k : k + 1])[0]
         closer = _correlations(spectra[k], spectra).amax(-1)
         parent[(closer > likeness).cpu()] = k
         likeness = torch.maximum(likeness, closer)
     return psi, origin
+
+
+def _aligned(
+    transform: PolarTransform, packed: Float[Tensor, "2 p"], psi_rad: Float[Tensor, ""], origin_px: Tensor
+) -> Complex[Tensor, "r m"]:
+    """Spectra of an image brought into its reference's frame: moved by the origin, then turned."""
+    moved = transform.spectra(transform.shift(transform.samples(packed[None]), origin_px[None]))[0]
+    order = torch.arange(moved.shape[-1], device=moved.device)
+    return moved * torch.exp(-1j * psi_rad * order)
 
 
 def _normalised(spectra: Complex[Tensor, "k r m"]) -> Complex[Tensor, "k r m"]:
@@ -68,14 +81,20 @@ def _correlations(
 
 
 def _lay(
-    image: Float[Tensor, "n n"], reference: Float[Tensor, "n n"], transform: PolarTransform
+    image: Float[Tensor, "n n"],
+    packed: Float[Tensor, "2 p"],
+    reference: Float[Tensor, "n n"],
+    target: Complex[Tensor, "r m"],
+    transform: PolarTransform,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "2"]]:
-    """psi and origin of an image on a reference, turn and shift found in turns."""
-    target = transform.dense(transform(reference[None]))[0]
+    """psi and origin of an image on a reference, turn and shift found in turns.
+
+    packed: the image's coefficients; target: the reference's spectra.
+    """
     psi, origin = image.new_zeros(1), image.new_zeros(1, 2)
     for _ in range(ROUNDS):
-        moved = geometry.align_images(image[None], torch.zeros_like(psi), origin)
-        best = _correlations(target, transform.dense(transform(moved))).argmax(-1)
+        moved = _aligned(transform, packed, torch.zeros_like(psi[0]), origin[0])
+        best = _correlations(target, moved[None]).argmax(-1)
         psi = geometry.wrap_radians(best * (2.0 * math.pi / TURNS)).to(psi)
         turned = geometry.align_images(image[None], psi, origin)[0]
         move = _move(turned * transform.mask, reference * transform.mask)

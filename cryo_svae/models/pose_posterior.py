@@ -129,7 +129,7 @@ class Look:
         return packed
 
     def scores(
-        self, content: Float[Tensor, "#b k 2 p"], log_prior: Float[Tensor, "b t"]
+        self, content: Float[Tensor, "#b k 2 p"], log_prior: Float[Tensor, "b #k t"]
     ) -> Float[Tensor, "b k t n"]:
         """l(psi, o) + log prior masses of k contents: uniform psi, and those given of the trial origins."""
         return self._joint(self.inner(content), self.energy(content), log_prior)
@@ -138,10 +138,12 @@ class Look:
         self,
         inner: Float[Tensor, "b k t n"],
         energy: Float[Tensor, "b k #n"],
-        log_prior: Float[Tensor, "b t"],
+        log_prior: Float[Tensor, "b #k t"],
     ) -> Float[Tensor, "b k t n"]:
-        inner.sub_(0.5 * energy[:, :, None])
-        return inner.add_((log_prior - math.log(self.n_psi))[:, None, :, None])
+        prior = (log_prior - math.log(self.n_psi))[..., None]
+        if energy.shape[-1] == 1:
+            return inner.add_(prior - 0.5 * energy[:, :, None])
+        return inner.sub_(0.5 * energy[:, :, None]).add_(prior)
 
     def expansion(
         self,
@@ -172,7 +174,9 @@ class Look:
         content: Float[Tensor, "b 1 2 p"],
         log_prior: Float[Tensor, "b t"],
     ) -> tuple[Float[Tensor, "b t n"], Float[Tensor, "b"]]:
-        log_evidence, probability = normalised(self._joint(self.inner(content), energy, log_prior)[:, 0])
+        log_evidence, probability = normalised(
+            self._joint(self.inner(content), energy, log_prior[:, None])[:, 0]
+        )
         return probability, log_evidence
 
     def _aligned(self, probability: Float[Tensor, "b t n"]) -> Float[Tensor, "b 2 p"]:
@@ -184,7 +188,7 @@ class Look:
 
     def posterior(self, content: Float[Tensor, "b 2 p"], log_prior: Float[Tensor, "b t"]) -> PosePosterior:
         """The posterior under log prior masses of the trial origins and uniform psi."""
-        joint = self.scores(content[:, None], log_prior)[:, 0]
+        joint = self.scores(content[:, None], log_prior[:, None])[:, 0]
         log_evidence, probability = normalised(joint)
         log_ratio = (probability * (joint - log_prior[..., None])).sum((1, 2)) + math.log(self.n_psi)
         filtered = self.filtered(content[:, None], probability.sum(1))[:, 0]

@@ -155,7 +155,7 @@ class PosteriorSearch(nn.Module):
         """Log total and shares of the importance weights of k points, and the mean pose posterior."""
         content = self.engine.generator(at.flatten(0, 1)).unflatten(0, at.shape[:2])
         log_weight = -0.5 * at.square().sum(2) - log_proposal
-        top, mass = masses(look.scores(content, log_prior).add_(log_weight[..., None, None]))
+        top, mass = masses(look.scores(content, log_prior[:, None] + log_weight[..., None]))
         of_point = mass.sum((2, 3))
         total = of_point.sum(1)
         return top + torch.log(total), of_point / total[:, None], mass.sum(1) / total[:, None, None]
@@ -196,7 +196,7 @@ class PosteriorSearch(nn.Module):
         both = torch.stack([z, engine.encode(restored)[0]], 1)
         content = engine.generator(both.flatten(0, 1)).unflatten(0, both.shape[:2])
         log_weight = -0.5 * both.square().sum(2)
-        _, mass = masses(look.scores(content, log_prior).add_(log_weight[..., None, None]))
+        _, mass = masses(look.scores(content, log_prior[:, None] + log_weight[..., None]))
         of_origin = mass.sum(3)
         of_content = of_origin.sum(2)
         first = of_content[:, :1] > of_content[:, 1:]
@@ -212,7 +212,7 @@ class PosteriorSearch(nn.Module):
         look, _ = engine.look(batch, centre, offsets, self.coarse, rounded=True)
         content = engine.generator(engine.known_z)[..., : self.coarse.n_pairs]
         log_prior = engine.log_prior(offsets.expand(len(batch), -1, -1), COARSE_STEP_PX)
-        _, mass = masses(look.scores(content[None], log_prior))
+        _, mass = masses(look.scores(content[None], log_prior[:, None]))
         chance = mass.sum(3)
         return offsets[chance.sum(1).argmax(1)], engine.known_z[chance.sum(2).argmax(1)]
 
@@ -230,7 +230,9 @@ class PosteriorSearch(nn.Module):
         Louis 1982, J. R. Stat. Soc. B 44, 226.
         """
         content, slopes = self._slopes(z)
-        probability = normalised(look.scores(content[:, None], log_prior)[:, 0])[1].flatten(1)[:, None]
+        probability = normalised(look.scores(content[:, None], log_prior[:, None])[:, 0])[1].flatten(1)[
+            :, None
+        ]
         scores = look.inner(slopes).flatten(2)
         centred = scores.sub_(scores @ probability.mT)
         return (centred * probability) @ centred.mT

@@ -31,5 +31,5 @@ class VanillaEngine(CoordinateEngine):
         self, z: Float[Tensor, "b d"], psi_rad: Float[Tensor, "b"], origin_px: Float[Tensor, "b 2"]
     ) -> Float[Tensor, "b p out"]:
         """Generator's output at the pixels within the mask; the pose plays no part."""
-        output: Tensor = self.generator(z)
+        output: Tensor = self.generator(z).to(z.dtype)  # there is no Fourier transform of bfloat16
         return output.reshape(len(z), len(self.inside), self.pixels.outputs)
