@@ -226,7 +226,7 @@ def view_store(engine: SteerableEngine, views: ViewSet, n: int) -> tuple[Trainin
     torch.manual_seed(1)
     parts = [views.draw(1000) for _ in range(n // 1000)]
     image = torch.cat([engine.represent(part.images).half() for part in parts])
-    names = vars(parts[0].ctf)
+    names = parts[0].ctf.columns()
     ctf = CtfTable(**{name: torch.cat([getattr(part.ctf, name) for part in parts]) for name in names})
     truth = {name: torch.cat([getattr(part, name) for part in parts]).double().cpu()
              for name in ("view_rad", "psi_rad", "origin_px")}  # fmt: skip

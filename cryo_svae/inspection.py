@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cryo_svae.config import PreparationConfig, SourceConfig
+from cryo_svae.doubts import doubts, ignored_aberrations
 from cryo_svae.fitting import contrast_score
 from cryo_svae.formats.atomic import atomic_path
 from cryo_svae.images import ImageSource
@@ -50,6 +51,9 @@ def inspect(path: Path, source: SourceConfig, config: PreparationConfig, png: Pa
     chosen = torch.cat([prepared for _, prepared, _ in prepared_images(images, pick, preparation)])
     title = f"{path.name}: {len(particles):,} particles, every {max(1, len(particles) // len(pick)):,}th"
     draw_montage(png, chosen, title)
+    lines += [f"warning       {each}" for each in doubts(particles)]
+    size = preparation.pixel_size_angst
+    lines += [f"warning       {each}" for each in ignored_aberrations(particles, size)]
     return [*lines, f"montage       {png}"]
 
 

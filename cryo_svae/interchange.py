@@ -4,6 +4,7 @@ blob/path without a leading >, blob/idx from 0: rlnImageName, slices from 1
 ctf/exp_group_id from 0: rlnOpticsGroup from 1; with blob/psize_A, blob/shape, ctf/accel_kv, ctf/cs_mm
     and ctf/amp_contrast its row of data_optics
 ctf/df1_A, df2_A, df_angle_rad, phase_shift_rad: rlnDefocusU, V (Å), rlnDefocusAngle, rlnPhaseShift (°)
+ctf/scale, bfactor: rlnCtfScalefactor, rlnCtfBfactor (Å²)
 alignments2D/pose (rad), shift (px of psize_A): AnglePsi (°), OriginXAngst, OriginYAngst; same signs
 alignments3D/pose (rotation vector), shift, split from 0: rlnAngleRot, Tilt, Psi, origins, rlnRandomSubset
 alignments2D/class (beside a 3-D pose alone, alignments3D/class) from 0: rlnClassNumber from 1
@@ -63,6 +64,8 @@ PAIRS = (
     _Pair("ctf/df2_A", "rlnDefocusV"),
     _Pair("ctf/df_angle_rad", "rlnDefocusAngle", "<f4", geometry.degrees, geometry.radians),
     _Pair("ctf/phase_shift_rad", "rlnPhaseShift", "<f4", geometry.degrees, geometry.radians),
+    _Pair("ctf/scale", "rlnCtfScalefactor"),
+    _Pair("ctf/bfactor", "rlnCtfBfactor"),
     _Pair("svae/figure_of_merit", "rlnParticleFigureOfMerit"),
     _Pair("svae/pose_std", "svaePsiStd", "<f4", geometry.degrees, geometry.radians),
     _Pair("svae/shift_std_A", "svaeOriginStdAngst"),

@@ -23,6 +23,23 @@ from cryo_svae.stacks import find_stacks
 log = logging.getLogger(__name__)
 
 MICROMETRE_ANGST = 1e4
+UNDISTORTED = (1.0, 0.0, 0.0, 1.0)
+MAG_MATRIX = ("rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11")
+MOST_DISTORTION = 0.2  # of a side; more is no lens, but a matrix of another meaning
+FLAGS = {
+    "phase_flipped": "rlnCtfDataArePhaseFlipped",
+    "premultiplied": "rlnCtfDataAreCtfPremultiplied",
+}
+FACTORS = {"scale": ("rlnCtfScalefactor", 1.0), "b_factor_angst2": ("rlnCtfBfactor", 0.0)}
+# What microscopes have: (label, least, most, in words, what to do).
+BOUNDS = (
+    ("rlnVoltage", 20.0, 3000.0, "20 to 3000 kV", "give it in kV, not in V."),
+    ("rlnSphericalAberration", -20.0, 20.0, "-20 to 20 mm", "give it in mm."),
+    ("rlnAmplitudeContrast", -0.999, 0.999, "a share below 1", "give it as a share: 0.1 for 10 %."),
+    ("rlnDefocusU", -3e5, 3e5, "at most 300,000 Å (30 µm) either way", "give it in Å."),
+    ("rlnDefocusV", -3e5, 3e5, "at most 300,000 Å (30 µm) either way", "give it in Å."),
+)
+LEAST_DEFOCUS_ANGST = 50.0  # where all are nearer to focus, and not 0, they are given in µm
 
 
 @dataclass(frozen=True)
@@ -37,7 +54,8 @@ class ParticleSet:
     stack_of, slice_of:  (n,) index into ``stacks``, 0-based image within it.
     box_px:              (n,) box of each particle's image.
     pixel_size_angst:    (n,).
-    ctf:                 their CTF parameters (pixel size of the images on disk), or None.
+    magnification:       (n, 4) matrix M, row by row; frequency k of the image is M k of the specimen.
+    ctf:                 their CTF parameters (pixel size of the images on disk), or None; undistorted.
     has_3d_pose:         whether the file holds nonzero rlnAngleRot or rlnAngleTilt.
     is_relion30:         one block without optics groups, origins in pixels.
     cs:                  the .cs table they came from, or None.
@@ -53,6 +71,7 @@ class ParticleSet:
     slice_of: NDArray[np.intp]
     box_px: NDArray[np.intp]
     pixel_size_angst: NDArray[np.float64]
+    magnification: NDArray[np.float64]
     ctf: CtfTable | None
     has_3d_pose: bool
     is_relion30: bool
@@ -122,6 +141,7 @@ def _particles_of_star(star: StarFile, datadir: Path | None, pixel_size_angst: f
     group_of, groups = columns.groups()
     stacks, stack_of, slice_of = find_stacks(star, block, datadir)
     pixel_size = pixel_sizes(columns, pixel_size_angst)
+    _check_images(columns, np.array([info.width_px for info in stacks])[stack_of], stacks, stack_of)
     angles = [columns.of_particles(name) for name in ("rlnAngleRot", "rlnAngleTilt")]
     return ParticleSet(
         star=star,
@@ -133,6 +153,7 @@ def _particles_of_star(star: StarFile, datadir: Path | None, pixel_size_angst: f
         slice_of=slice_of,
         box_px=np.array([info.width_px for info in stacks], dtype=np.intp)[stack_of],
         pixel_size_angst=pixel_size,
+        magnification=_magnification(columns),
         ctf=_ctf(columns, pixel_size),
         has_3d_pose=any(a is not None and bool(np.any(a != 0)) for a in angles),
         is_relion30=optics is None,
@@ -341,9 +362,117 @@ def pixel_sizes(columns: ParticleColumns, given_angst: float | None) -> NDArray[
     return sizes
 
 
+def _refuse(
+    columns: ParticleColumns, label: str, bad: NDArray[np.bool_], expected: str, remedy: str
+) -> None:
+    """Raises InputError at the first bad value (n,) of a column."""
+    rows = np.flatnonzero(bad)
+    values = columns.get(label)
+    if not len(rows) or values is None:
+        return
+    block, row = columns.block, int(rows[0])
+    if columns.optics is not None and columns.row_of_optics is not None and columns.optics.has(label):
+        block, row = columns.optics, int(columns.row_of_optics[row])
+    raise InputError(
+        columns.star.path,
+        line=block.line_of(row),
+        column=f"_{label}",
+        found=f"{values[rows[0]]:g}",
+        expected=expected,
+        remedy=remedy,
+    )
+
+
+def _check_images(
+    columns: ParticleColumns,
+    box_px: NDArray[np.intp],
+    stacks: tuple[StackInfo, ...],
+    stack_of: NDArray[np.intp],
+) -> None:
+    """Raises InputError where the file says that its images are no 2-D images of the stacks' size."""
+    size = None if is_cs(columns.star.path) else columns.get("rlnImageSize")  # see _check_boxes
+    if size is not None:
+        wrong = size != box_px
+        path = stacks[stack_of[int(wrong.argmax())]].path
+        expected = f"{box_px[int(wrong.argmax())]}, the side of the images in {path}"
+        _refuse(
+            columns, "rlnImageSize", wrong, expected, "correct it, or give the stack it was written for."
+        )
+    for label in ("rlnImageDimensionality", "rlnDataDimensionality"):
+        dimensions = columns.get(label)
+        if dimensions is not None:
+            remedy = "extract the particles as 2-D images; volumes cannot be taken."
+            _refuse(columns, label, dimensions != 2, "2", remedy)
+    is_stack = columns.get("rlnTomoSubtomogramIs2DStack")
+    if is_stack is not None:
+        remedy = "give images of single particles; stacks of tilts cannot be taken."
+        _refuse(columns, "rlnTomoSubtomogramIs2DStack", is_stack != 0, "0", remedy)
+
+
+def _magnification(columns: ParticleColumns) -> NDArray[np.float64]:
+    """Anisotropic magnification (n, 4), undistorted where the file has none."""
+    found = [columns.get(label) for label in MAG_MATRIX]
+    n = columns.block.n_rows
+    if all(each is None for each in found):
+        return np.tile(UNDISTORTED, (n, 1))
+    for label, each, one in zip(MAG_MATRIX, found, UNDISTORTED, strict=True):
+        if each is None:
+            raise InputError(
+                columns.star.path,
+                column=f"_{label}",
+                found="no such column, though another of the matrix is there",
+                expected="all four: " + ", ".join(MAG_MATRIX),
+                remedy="add the column, or remove the others.",
+            )
+        expected = f"within {MOST_DISTORTION} of {one:g}"
+        remedy = "mend the matrix, or remove it (1, 0, 0, 1 is none)."
+        _refuse(columns, label, np.abs(each - one) > MOST_DISTORTION, expected, remedy)
+    return np.column_stack([each for each in found if each is not None])
+
+
+def _flags(columns: ParticleColumns) -> dict[str, torch.Tensor]:
+    """What was done to the images, by field of CtfTable, where it was done to any."""
+    flags = {}
+    for name, label in FLAGS.items():
+        values = columns.get(label)
+        if values is None:
+            continue
+        _refuse(columns, label, (values != 0) & (values != 1), "0 or 1", "write 1 for yes, 0 for no.")
+        if values.any():
+            flags[name] = torch.from_numpy(values != 0)
+    return flags
+
+
+def _factors(columns: ParticleColumns) -> dict[str, torch.Tensor]:
+    """Scale and B-factor of the CTF, where any differs from none."""
+    factors = {}
+    for name, (label, neutral) in FACTORS.items():
+        values = columns.get(label)
+        if values is not None and np.any(values != neutral):
+            factors[name] = torch.from_numpy(np.ascontiguousarray(values))
+    if "scale" in factors:
+        _refuse(
+            columns,
+            "rlnCtfScalefactor",
+            factors["scale"].numpy() <= 0,
+            "above 0",
+            "mend the value, or remove the column.",
+        )
+    return factors
+
+
 def _ctf(columns: ParticleColumns, pixel_size_angst: NDArray[np.float64]) -> CtfTable | None:
     """CTF parameters, where the file holds any; a part of them only is an error."""
+    flags = _flags(columns)
     if not columns.has("rlnDefocusU"):
+        if "premultiplied" in flags:
+            raise InputError(
+                columns.star.path,
+                column="_rlnDefocusU",
+                found="no such column, though images are premultiplied by their CTF",
+                expected="the CTF they were multiplied by",
+                remedy="add the CTF parameters, or extract the particles without premultiplying.",
+            )
         return None
     labels = {
         "voltage_kv": "rlnVoltage",
@@ -368,22 +497,18 @@ def _ctf(columns: ParticleColumns, pixel_size_angst: NDArray[np.float64]) -> Ctf
     phase_shift_deg = columns.get("rlnPhaseShift")
     if phase_shift_deg is None:  # no phase plate
         phase_shift_deg = np.zeros(len(pixel_size_angst))
-    checks = [
-        ("rlnVoltage", values["voltage_kv"] > 0, "kV above 0"),
-        ("rlnAmplitudeContrast", np.abs(values["amplitude_contrast"]) < 1, "a share below 1"),
-    ]
-    for label, good, expected in checks:
-        if not np.all(good):
-            raise InputError(
-                columns.star.path,
-                column=f"_{label}",
-                found="a value out of range",
-                expected=expected,
-                remedy="mend the value.",
-            )
+    for label, least, most, words, remedy in BOUNDS:
+        found = columns.get(label)
+        if found is not None:
+            _refuse(columns, label, (found < least) | (found > most), words, remedy)
+    defocus = np.abs(values["defocus_u_angst"])
+    if defocus.any() and defocus.max() < LEAST_DEFOCUS_ANGST:
+        _refuse(columns, "rlnDefocusU", defocus > 0, "Å", "give the defocus in Å: 15000 for 1.5 µm.")
     values["defocus_angle_rad"] = geometry.radians(values["defocus_angle_rad"])
     return CtfTable(
         pixel_size_angst=torch.from_numpy(pixel_size_angst.copy()),
         phase_shift_rad=torch.from_numpy(geometry.radians(phase_shift_deg)),
         **{name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in values.items()},
+        **_factors(columns),
+        **flags,
     )

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from cryo_svae import distributed, geometry
 from cryo_svae.config import PreparationConfig
-from cryo_svae.ctf import CtfTable
+from cryo_svae.ctf import CtfTable, whitener_2d
 from cryo_svae.errors import InputError
 from cryo_svae.images import ImageSource, run_of
-from cryo_svae.particles import ParticleSet
+from cryo_svae.particles import UNDISTORTED, ParticleSet
 
 log = logging.getLogger(__name__)
 
@@ -104,14 +104,48 @@ def resampling_matrix(
     Fourier cropping; unlike cropping, it reaches any pixel size exactly.
     """
     scale = new_pixel_size_angst / pixel_size_angst
-    points = (torch.arange(new_box_px, dtype=torch.float64) - new_box_px // 2) * scale
-    pixels = torch.arange(box_px, dtype=torch.float64) - box_px // 2
+    return _interpolation(_pixels(new_box_px) * scale, box_px, scale)
+
+
+def undistorting_matrices(
+    box_px: int,
+    pixel_size_angst: float,
+    new_box_px: int,
+    new_pixel_size_angst: float,
+    magnification: tuple[float, float, float, float],
+) -> tuple[Float[Tensor, "n m n"], Float[Tensor, "m m n"]]:
+    """The same, of images whose frequency k is M k in the specimen (RELION's rlnMagMat00, 01, 10, 11).
+
+    Frequencies that go by M are points u of the specimen seen at M^T u, which one pass along the rows
+    (n rows, from n to m pixels) and one along the columns (m columns) reach.
+    """
+    scale = new_pixel_size_angst / pixel_size_angst
+    m00, m01, m10, m11 = (scale * each for each in magnification)
+    new, old = _pixels(new_box_px), _pixels(box_px)
+    along_rows = (m00 - m10 * m01 / m11) * new + (m10 / m11) * old[:, None]
+    along_columns = m01 * new[:, None] + m11 * new
+    return _interpolation(along_rows, box_px, scale), _interpolation(along_columns, box_px, scale)
+
+
+def _pixels(box_px: int) -> Float[Tensor, "n"]:
+    return torch.arange(box_px, dtype=torch.float64) - box_px // 2
+
+
+def _interpolation(points: Float[Tensor, "*m"], box_px: int, scale: float) -> Float[Tensor, "*m n"]:
+    """Weights of the pixels of a line in its values at points, counted from its centre.
+
+    The sum of cosines up to a cut-off, the last of which +k and -k share where it is the line's own.
+    """
     cutoff = min(box_px / 2, box_px / (2 * scale))
-    k = torch.arange(1, math.floor(cutoff + 1e-6) + 1, dtype=torch.float64)
-    weight = torch.where(k > cutoff - 1e-6, 1.0, 2.0)  # the last frequency is shared by +k and -k
-    lag = points[:, None] - pixels[None, :]
-    waves = torch.cos(2.0 * math.pi / box_px * k * lag[..., None])
-    return ((1.0 + (waves * weight).sum(-1)) / box_px).float()
+    highest = math.floor(cutoff + 1e-6)
+    angle = 2.0 * math.pi / box_px * (points[..., None] - _pixels(box_px))
+    half = torch.sin(angle / 2)
+    at_pixel = half.abs() < 1e-12
+    ratio = torch.sin((highest + 0.5) * angle) / torch.where(at_pixel, 1.0, half)
+    weight = torch.where(at_pixel, 2.0 * highest + 1.0, ratio)
+    if highest > cutoff - 1e-6:
+        weight = weight - torch.cos(highest * angle)
+    return (weight / box_px).float()
 
 
 @dataclass(frozen=True)
@@ -119,42 +153,66 @@ class _Grid:
     """What preparing images of one box and pixel size takes, on the device that does it.
 
     matrix:   (m, n) resamples them; None where they are on the working grid.
+    undistorting: what does so where they are distorted (``undistorting_matrices``), or None.
     mean:     (m²,) weights of the pixels in the mean of the background.
     variance: (m²,) those of its squares in its variance.
     """
 
     matrix: Tensor | None
+    undistorting: tuple[Tensor, Tensor] | None
     mean: Tensor
     variance: Tensor
 
+    def resampled(self, images: Float[Tensor, "b n n"]) -> Float[Tensor, "b m m"]:
+        """Images on the working grid."""
+        if self.undistorting is not None:
+            rows, columns = self.undistorting
+            along_rows = torch.einsum("vxn,bvn->bvx", rows, images)
+            return torch.einsum("xyv,bvx->byx", columns, along_rows).contiguous()
+        return images if self.matrix is None else self.matrix @ images @ self.matrix.T
+
 
 @lru_cache(maxsize=8)
-def _grid(box_px: int, pixel_size_angst: float, preparation: Preparation, device: torch.device) -> _Grid:
+def _grid(
+    box_px: int,
+    pixel_size_angst: float,
+    magnification: tuple[float, float, float, float],
+    preparation: Preparation,
+    device: torch.device,
+) -> _Grid:
     new = (preparation.box_px, preparation.pixel_size_angst)
-    matrix = None
-    if (box_px, pixel_size_angst) != new:
+    matrix, undistorting = None, None
+    if magnification != UNDISTORTED:
+        rows, columns = undistorting_matrices(box_px, pixel_size_angst, *new, magnification)
+        undistorting = (rows.to(device), columns.to(device))
+    elif (box_px, pixel_size_angst) != new:
         matrix = resampling_matrix(box_px, pixel_size_angst, *new).to(device)
     radius = geometry.pixel_grid(preparation.box_px).norm(dim=-1).flatten()
     outside = (radius > preparation.mask_radius_px).float()
     n = outside.sum()
-    return _Grid(matrix, (outside / n).to(device), (outside / (n - 1.0)).to(device))
+    return _Grid(matrix, undistorting, (outside / n).to(device), (outside / (n - 1.0)).to(device))
 
 
 def prepare(
-    images: Num[Tensor, "b n n"], pixel_size_angst: float, preparation: Preparation
+    images: Num[Tensor, "b n n"],
+    pixel_size_angst: float,
+    preparation: Preparation,
+    magnification: tuple[float, float, float, float] = UNDISTORTED,
+    whitener: Float[Tensor, "b m half"] | None = None,
 ) -> tuple[Float[Tensor, "b m m"], Bool[Tensor, "b"]]:
     """Prepared images, and which of them are usable (the others are all zero), on the images' device.
 
-    Resampled to the working grid, inverted if asked, brought to mean 0 and standard deviation 1
-    outside the particle's circle. NaN, infinite and constant images are not usable.
+    Resampled to the working grid, distortion undone, multiplied by the whitener, inverted if asked,
+    brought to mean 0 and standard deviation 1 outside the particle's circle. NaN, infinite and constant
+    images are not usable.
     """
-    grid = _grid(images.shape[-1], pixel_size_angst, preparation, images.device)
+    grid = _grid(images.shape[-1], pixel_size_angst, magnification, preparation, images.device)
     pixels = images.float()
     span = pixels.amax((1, 2)) - pixels.amin((1, 2))  # no finite number where a pixel is none
     # Large offsets (raw counts) would cost float32 digits in the products.
-    prepared = pixels - pixels.mean((1, 2), keepdim=True)
-    if grid.matrix is not None:
-        prepared = grid.matrix @ prepared @ grid.matrix.T
+    prepared = grid.resampled(pixels - pixels.mean((1, 2), keepdim=True))
+    if whitener is not None:
+        prepared = torch.fft.irfft2(torch.fft.rfft2(prepared) * whitener, s=prepared.shape[-2:])
     flat = prepared.flatten(1)
     flat -= (flat @ grid.mean)[:, None]
     std = (flat.square() @ grid.variance).sqrt()
@@ -210,7 +268,9 @@ def _prepare_particles(
     particles = source.particles
     images = torch.empty(len(index), preparation.box_px, preparation.box_px, device=device)
     usable = torch.empty(len(index), dtype=torch.bool, device=device)
-    kinds = np.stack([particles.box_px[index], particles.pixel_size_angst[index]], 1)
+    kinds = np.column_stack(
+        [particles.box_px[index], particles.pixel_size_angst[index], particles.magnification[index]]
+    )
     for kind in np.unique(kinds, axis=0):
         here = np.flatnonzero((kinds == kind).all(1))
         here = here[np.argsort(particles.stack_of[index[here]], kind="stable")]  # a stack after the other
@@ -218,8 +278,25 @@ def _prepare_particles(
         for rows in np.split(here, range(n_at_once, len(here), n_at_once)):
             read = _sent(source.read(index[rows]), device)
             place = run_of(rows)
-            images[place], usable[place] = prepare(read, float(kind[1]), preparation)
+            size, m00, m01, m10, m11 = kind[1:].tolist()
+            images[place], usable[place] = prepare(
+                read,
+                size,
+                preparation,
+                (m00, m01, m10, m11),
+                _whitener(particles, index[rows], preparation, device),
+            )
     return images, usable
+
+
+def _whitener(
+    particles: ParticleSet, index: NDArray[np.intp], preparation: Preparation, device: torch.device
+) -> Float[Tensor, "b m half"] | None:
+    """What undoes the multiplication by the CTF; None where the set has no premultiplied image."""
+    if particles.ctf is None or particles.ctf.premultiplied is None:
+        return None
+    ctf = particles.ctf[torch.from_numpy(index)].to(device)
+    return whitener_2d(working_ctf(ctf, preparation), preparation.box_px).float()
 
 
 def _sent(pixels: NDArray[np.generic], device: torch.device) -> Num[Tensor, "b n n"]:

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from cryo_svae.config import option
+from cryo_svae.config import check, option
 from cryo_svae.errors import InputError, OutputError
 from cryo_svae.formats.cs import is_cs, read_cs, write_cs
 from cryo_svae.formats.star import StarBlock, StarFile, read_star, write_star
@@ -58,14 +58,21 @@ class SelectionConfig:
     top: str | None = option(
         None, "the best of what the other options allow, by figure of merit, e.g. 50%%"
     )
+    min_distance: float | None = option(
+        None,
+        "of particles picked twice, nearer than this in one micrograph (pixels of rlnCoordinateX), only "
+        "the one of the highest figure of merit",
+    )
     invert: bool = option(False, "take all the others instead")
 
     def __post_init__(self) -> None:
-        if (self.classes, self.where, self.particles, self.top) == (None,) * 4:
+        if self.min_distance is not None:
+            check(0 < self.min_distance < math.inf, "min_distance", self.min_distance, "pixels above 0")
+        if (self.classes, self.where, self.particles, self.top, self.min_distance) == (None,) * 5:
             raise InputError(
                 "the command line",
                 found="nothing to select by",
-                expected="--classes, --where, --particles or --top",
+                expected="--classes, --where, --particles, --min-distance or --top",
                 remedy="say which particles, e.g. --top 50%.",
             )
 
@@ -113,6 +120,8 @@ def select_rows(block: StarBlock, config: SelectionConfig) -> NDArray[np.intp]:
         kept &= fulfils(block, config.where)
     if config.particles is not None:
         kept &= listed(config.particles, block.n_rows)
+    if config.min_distance is not None:
+        kept = without_duplicates(block, kept, config.min_distance)
     if config.top is not None:
         kept = best_of(block, kept, config.top)
     if config.invert:
@@ -222,6 +231,33 @@ def best_of(block: StarBlock, kept: Flags, text: str) -> Flags:
     chosen = np.zeros_like(kept)
     chosen[best] = True
     return chosen
+
+
+def without_duplicates(block: StarBlock, kept: Flags, distance_px: float) -> Flags:
+    """The kept particles without those nearer to a better one of their micrograph than a distance.
+
+    From the highest figure of merit down, each that is still there takes its neighbours out.
+    """
+    for label in ("rlnMicrographName", "rlnCoordinateX", "rlnCoordinateY"):
+        if not block.has(label):
+            raise InputError(
+                "--min-distance",
+                found=f"particles without {label}",
+                expected="the micrograph and the place of each",
+                remedy="leave it out, or add the columns of the extraction job.",
+            )
+    place = np.column_stack([block.numbers("rlnCoordinateX"), block.numbers("rlnCoordinateY")])
+    merit = block.numbers("rlnParticleFigureOfMerit")
+    _, micrograph = np.unique(block.text("rlnMicrographName"), return_inverse=True)
+    order = np.flatnonzero(kept)
+    order = order[np.lexsort((-merit[order], micrograph[order]))]
+    alone = kept.copy()
+    for rows in np.split(order, np.flatnonzero(np.diff(micrograph[order])) + 1):
+        for k, row in enumerate(rows):
+            if alone[row]:
+                later = rows[k + 1 :]
+                alone[later[np.hypot(*(place[later] - place[row]).T) < distance_px]] = False
+    return alone
 
 
 # --- expressions -----------------------------------------------------------------------------------

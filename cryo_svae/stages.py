@@ -16,6 +16,7 @@ from cryo_svae import averages, config, distributed, export
 from cryo_svae.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from cryo_svae.class2d import classes_table, write_class2d
 from cryo_svae.config import ComputeConfig, OutputConfig, SourceConfig
+from cryo_svae.doubts import doubts, ignored_aberrations
 from cryo_svae.errors import TrainingError
 from cryo_svae.estimation import estimate
 from cryo_svae.fitting import (
@@ -33,7 +34,7 @@ from cryo_svae.formats.mrc import write_stack
 from cryo_svae.formats.star import write_tables
 from cryo_svae.images import ImageSource
 from cryo_svae.job import CHECKPOINT, Job, digest, digest_of_stacks
-from cryo_svae.particles import ParticleSet, read_source
+from cryo_svae.particles import UNDISTORTED, ParticleSet, read_source
 from cryo_svae.preprocessing import Preparation
 from cryo_svae.report.page import write_report
 from cryo_svae.reporting import Findings, findings, gather
@@ -67,7 +68,21 @@ def describe(particles: ParticleSet) -> list[str]:
         *lines,
         f"CTF           defocus {defocus.min():.2f} to {defocus.max():.2f} µm, "
         f"{', '.join(f'{v:g}' for v in voltages)} kV",
+        *_handled(particles),
     ]
+
+
+def _handled(particles: ParticleSet) -> list[str]:
+    """What the file says was done to the images, and is taken into account."""
+    ctf = particles.ctf
+    named = {
+        "phase-flipped": None if ctf is None else ctf.phase_flipped,
+        "premultiplied by the CTF": None if ctf is None else ctf.premultiplied,
+    }
+    said = [f"{int(which.sum()):,} {name}" for name, which in named.items() if which is not None]
+    n_distorted = int((particles.magnification != UNDISTORTED).any(1).sum())
+    said += [f"{n_distorted:,} distorted (rlnMagMat)"] if n_distorted else []
+    return [f"images        {', '.join(said)}"] if said else []
 
 
 def outside_of_project(particles: ParticleSet) -> list[str]:
@@ -89,6 +104,8 @@ def train(job: Job, particles: ParticleSet, plan: Plan) -> Checkpoint:
     job.write_config(plan.settings)
     for name, value in plan.settings.items():
         log.info("%-19s %s", name, value)
+    for line in ignored_aberrations(particles, plan.preparation.pixel_size_angst):
+        log.warning(line)
     device = pick_device(plan.settings["device"])
     with job.timed("contrast"):
         check_contrast(ImageSource(particles), plan.preparation, device)
@@ -262,6 +279,8 @@ def load_particles(job: Job, settings: Mapping[str, Any], source: str) -> Partic
         particles = read_source(Path(settings["particles"]), of_source)
     for line in describe(particles):
         log.info(line)
+    for line in doubts(particles):
+        log.warning(line)
     return particles
 
 

@@ -81,14 +81,16 @@ class TrainingStore:
         """
         if self.image.device == device:
             return (_sent(row, device),)
-        ctf = () if self.ctf is None else vars(self.ctf[row]).values()
+        ctf = () if self.ctf is None else self.ctf[row].columns().values()
         return tuple(_sent(each, device) for each in (row, self.image[row], *ctf))
 
     def batch_of(self, row: Int[Tensor, "b"], *fetched: Tensor) -> Batch:
         """The batch, in float32, of what ``fetch`` gave. On a GPU nothing waits for it."""
         if fetched:
             image, *columns = fetched
-            ctf = CtfTable(**dict(zip(vars(self.ctf), columns, strict=True))) if columns else None
+            ctf = None
+            if self.ctf is not None:
+                ctf = CtfTable(**dict(zip(self.ctf.columns(), columns, strict=True)))
         else:
             image, ctf = self.image[row], None if self.ctf is None else self.ctf[row]
         return Batch(row + self.first, image.float(), ctf, astigmatic=self.astigmatic)

@@ -13,10 +13,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "cryo_svae"
 # Each part may import those before it in this list, and its own kind.
 LAYERS = [
     {"errors"},
-    {"config", "distributed", "geometry", "formats"},
+    {"config", "distributed", "geometry", "formats", "labels"},
     {"ctf", "kernels", "polar", "interchange", "stacks"},
     {"particles", "models"},
-    {"images", "pieces", "recording", "simulate", "conversion"},
+    {"doubts", "images", "pieces", "recording", "simulate", "conversion"},
     {"preprocessing"},
     {"store", "checkpoint"},
     {"training", "estimation"},

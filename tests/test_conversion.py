@@ -79,7 +79,7 @@ def test_poses_ctf_and_images_are_the_same_through_either_file(star, tmp_path):
     a, b = read_particles(star), read_particles(tmp_path / "there.cs")
     assert (a.is_dark, b.is_dark) == (None, True)
     assert np.array_equal(a.pixel_size_angst, b.pixel_size_angst)
-    for name, values in vars(a.ctf).items():
+    for name, values in a.ctf.columns().items():
         assert np.array_equal(values.numpy(), getattr(b.ctf, name).numpy()), name
     index = np.arange(5)
     assert np.array_equal(ImageSource(a).read(index), ImageSource(b).read(index))
@@ -192,7 +192,7 @@ def test_a_simulated_set_is_the_same_through_either_file(tmp_path):
     a, b = read_particles(truth), read_particles(there)
     for label in ("rlnAnglePsi", "rlnOriginXAngst", "rlnOriginYAngst"):
         np.testing.assert_allclose(b.block.numbers(label), a.block.numbers(label), rtol=1e-6, atol=1e-6)
-    for name, values in vars(a.ctf).items():  # float32 holds seven digits
+    for name, values in a.ctf.columns().items():  # float32 holds seven digits
         np.testing.assert_allclose(values.numpy(), getattr(b.ctf, name).numpy(), rtol=1e-7)
     index = np.arange(30)
     assert np.array_equal(ImageSource(a).read(index), ImageSource(b).read(index))

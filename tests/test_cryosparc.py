@@ -199,7 +199,7 @@ def test_the_real_files_with_images_are_understood(shared_data):
     assert a.is_dark
     assert np.array_equal(a.slice_of, b.slice_of)
     np.testing.assert_allclose(a.pixel_size_angst, b.pixel_size_angst, rtol=1e-6)
-    for name, values in vars(a.ctf).items():
+    for name, values in a.ctf.columns().items():
         np.testing.assert_allclose(values.numpy(), getattr(b.ctf, name).numpy(), rtol=1e-6)
 
 

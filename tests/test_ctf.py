@@ -53,7 +53,9 @@ def test_the_defocus_angle_runs_from_columns_to_rows():
 
 
 def test_tables_are_taken_apart_by_particle():
-    two = CtfTable(**{k: torch.tensor([float(v[0]), 2 * float(v[0])]) for k, v in vars(table()).items()})
+    two = CtfTable(
+        **{k: torch.tensor([float(v[0]), 2 * float(v[0])]) for k, v in table().columns().items()}
+    )
     assert len(two) == 2
     torch.testing.assert_close(ctf_2d(two[torch.tensor([1])], 8), ctf_2d(two, 8)[1:])
 

@@ -315,3 +315,57 @@ def test_a_selection_goes_through_relion(relion, job, tmp_path):
     for label in ("rlnImageName", "svaeZ1", "svaeLogLikelihood"):
         assert theirs.text(label) == ours.text(label)
     np.testing.assert_allclose(theirs.numbers("rlnAnglePsi"), ours.numbers("rlnAnglePsi"))
+
+
+def picked(tmp_path, xs: list[float], merit: list[float], micrographs: str):
+    n = len(xs)
+    particles = {
+        "rlnImageName": image_names(n),
+        "rlnMicrographName": [f"mics/{name}.mrc" for name in micrographs],
+        "rlnOpticsGroup": ["1"] * n,
+        "rlnCoordinateX": [str(x) for x in xs],
+        "rlnCoordinateY": [str(0.5 * x) for x in xs],
+        "rlnParticleFigureOfMerit": [str(each) for each in merit],
+    }
+    write_tables(tmp_path / "particles.star", {"optics": optics_columns(), "particles": particles})
+    return read_job_particles(tmp_path)[1]
+
+
+def test_of_particles_picked_twice_the_better_stays(tmp_path):
+    twice = picked(tmp_path, [0, 10, 20, 100, 10, 5], [0.5, 0.9, 0.7, 0.1, 0.2, 0.3], "aaaabb")
+    assert rows(twice, min_distance=12.0) == [1, 3, 5]
+    assert rows(twice, min_distance=12.0, invert=True) == [0, 2, 4]
+    assert rows(twice, min_distance=11.0) == [0, 1, 2, 3, 5]  # (0, 0) to (10, 5) is 11.2
+    # a chain whose best is an end: the middle goes, and the other end, near to nothing that stays, does not
+    chain = picked(tmp_path, [0, 10, 20], [0.9, 0.5, 0.3], "aaa")
+    assert rows(chain, min_distance=12.0) == [0, 2]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 40), st.sampled_from("ab"), st.integers(0, 9)), min_size=1, max_size=12
+    ),
+    st.integers(1, 30),
+)
+def test_what_stays_is_apart_and_what_goes_has_a_better_neighbour(tmp_path_factory, picks, distance):
+    xs, names, merits = zip(*picks, strict=True)
+    folder = tmp_path_factory.mktemp("picks")
+    block = picked(folder, list(map(float, xs)), list(map(float, merits)), "".join(names))
+    kept = set(rows(block, min_distance=float(distance)))
+
+    def near(a: int, b: int) -> bool:
+        return names[a] == names[b] and np.hypot(xs[a] - xs[b], 0.5 * (xs[a] - xs[b])) < distance
+
+    for a in range(len(picks)):
+        nearer = [b for b in kept if b != a and near(a, b)]
+        if a in kept:
+            assert not nearer
+        else:
+            assert any(merits[b] >= merits[a] for b in nearer)
+
+
+def test_duplicates_need_micrographs_and_places(block):
+    with pytest.raises(InputError, match=r"--min-distance.*found particles without rlnCoordinateX"):
+        rows(block, min_distance=10.0)
+    with pytest.raises(InputError, match="--min-distance"):
+        SelectionConfig(min_distance=0.0)
