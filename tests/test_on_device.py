@@ -122,9 +122,9 @@ def test_a_batch_is_fetched_from_wherever_the_images_are(monkeypatch, held):
             store.image, store.ctf = gpu.of(store.image), gpu.of(store.ctf)
         else:
             store.image = torch.empty(store.image.shape, dtype=torch.float16)
-            store.ctf = CtfTable(**{name: torch.empty(N) for name in vars(store.ctf)})
+            store.ctf = CtfTable(**{name: torch.empty(N) for name in store.ctf.columns()})
         fetched = store.fetch(torch.empty(4, dtype=torch.long), GPU)
-        assert len(fetched) == (1 if held == "on the GPU" else 2 + len(vars(store.ctf)))
+        assert len(fetched) == (1 if held == "on the GPU" else 2 + len(store.ctf.columns()))
         batch = store.batch_of(*fetched)
         assert {batch.index.device, batch.image.device, batch.ctf.cs_mm.device} == {GPU}
         assert batch.image.dtype == torch.float32
@@ -134,13 +134,12 @@ def test_a_batch_is_fetched_from_wherever_the_images_are(monkeypatch, held):
 def test_what_is_fetched_makes_the_batch_that_is_asked_for():
     _, store = made("steerable", ctf=True)
     row = torch.tensor([3, 0, 7])
-    columns = vars(store.ctf[row]).values()
-    here, brought = store.batch_of(row), store.batch_of(row, store.image[row], *columns)
+    here = store.batch_of(row)
+    brought = store.batch_of(row, store.image[row], *store.ctf[row].columns().values())
     assert torch.equal(here.image, brought.image)
-    assert all(torch.equal(a, b) for a, b in zip(vars(here.ctf).values(), columns, strict=True))
-    assert all(
-        torch.equal(a, b) for a, b in zip(vars(here.ctf).values(), vars(brought.ctf).values(), strict=True)
-    )
+    assert here.ctf.columns().keys() == brought.ctf.columns().keys()
+    for name, column in here.ctf.columns().items():
+        assert torch.equal(column, brought.ctf.columns()[name])
 
 
 class _Operations(TorchDispatchMode):
