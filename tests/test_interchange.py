@@ -63,7 +63,7 @@ def test_what_both_hold_comes_back_to_the_bit(tmp_path, poses):
     assert left_out == [
         name
         for name in fields
-        if name in ("blob/sign", "blob/import_sig", "ctf/type", "ctf/scale")
+        if name in ("blob/sign", "blob/import_sig", "ctf/type")
         or name == "alignments2D/class_posterior"
         or (name == "alignments3D/class" and "alignments2D/pose" in fields)
     ]
