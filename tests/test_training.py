@@ -193,6 +193,21 @@ def test_a_cpu_trains_in_bfloat16_where_it_can_and_the_engine_gains_by_it(monkey
         assert trains_in_bfloat16(engine, CPU) is (gains and able)
 
 
+def test_a_training_begun_on_a_gpu_goes_on_without_one(tmp_path):
+    """There Adam's learning rate is a tensor, and its steps may be recorded."""
+    plain, store = fresh()
+    fit(plain, store, schedule(epochs=2), CPU, ignore)
+    for group in plain.optimizer["param_groups"]:
+        group.update(lr=torch.tensor(1e-3), capturable=True)
+    save_checkpoint(tmp_path / "model.pt", plain)
+    resumed = load_checkpoint(tmp_path / "model.pt")
+    fit(resumed, store, schedule(), CPU, ignore)
+    whole, store = fresh()
+    fit(whole, store, schedule(), CPU, ignore)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert resumed.optimizer["param_groups"][0]["capturable"] is False
+
+
 class _Recorder(Recorded):
     """Records without a GPU: a recording is a call of the work."""
 
