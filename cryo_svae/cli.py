@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cryo_svae import __version__, config
+from cryo_svae import __version__, config, processor
 from cryo_svae.config import (
     ComputeConfig,
     ModelConfig,
@@ -20,6 +21,8 @@ from cryo_svae.config import (
     TrainingConfig,
 )
 from cryo_svae.errors import CryoSvaeError, InputError
+
+log = logging.getLogger(__name__)
 
 INTERRUPTED = 130
 
@@ -130,6 +133,7 @@ def _add_job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="YAML", help="settings, as in a job's config.yaml")
     parser.add_argument("--resume", action="store_true", help="go on with the job in this folder")
     parser.add_argument("--overwrite", action="store_true", help="remove the job's results first")
+    parser.add_argument("--threads", type=int, metavar="N", help="processor threads [the cores it may use]")
 
 
 def run_job(
@@ -142,7 +146,9 @@ def run_job(
 
     out, source = arguments.pop("out"), "the command line"
     overwrite, resume = arguments.pop("overwrite"), arguments.pop("resume")
-    config_path = arguments.pop("config")
+    config_path, threads = arguments.pop("config"), arguments.pop("threads")
+    config.check(threads is None or threads >= 1, "threads", threads, "1 or more")
+    threads = processor.use(threads)
     if arguments["particles"] is None:  # it may be in --config, or in the job to resume
         del arguments["particles"]
     if config_path is not None:
@@ -173,6 +179,7 @@ def run_job(
         plain = {name: value for name, value in arguments.items() if name not in ("particles", "model")}
         config.refuse_unknown(plain, (*classes, *CONFIG_CLASSES), source)
         with job.logging():
+            log.info("%-19s %d", "threads", threads)
             getattr(stages, stage_name)(job, arguments, source)
 
 
@@ -283,5 +290,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry_point() -> None:
     """Console script: SIGTERM is taken as Ctrl-C."""
+    processor.let_waiting_threads_sleep()
     signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(main())

@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cryo_svae import cli, config
+from cryo_svae import cli, config, processor
 from cryo_svae.errors import CryoSvaeError, InputError
 
 SUCCESS, FAILURE, ABORTED = (f"RELION_JOB_EXIT_{how}" for how in ("SUCCESS", "FAILURE", "ABORTED"))
@@ -112,8 +112,6 @@ def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
 
 def _run(given: argparse.Namespace, parameters: Sequence[str]) -> None:
     """The run, begun or (where the folder holds a checkpoint) gone on with."""
-    import torch
-
     from cryo_svae.job import CHECKPOINT
     from cryo_svae.logfile import write_logfile
 
@@ -139,11 +137,10 @@ def _run(given: argparse.Namespace, parameters: Sequence[str]) -> None:
     if "--overwrite" not in options:
         # Without a checkpoint there is only what a failed start left behind.
         words.append("--resume" if (folder / CHECKPOINT).exists() else "--overwrite")
+    if given.j is not None and "--threads" not in options:
+        words += ["--threads", str(given.j)]
     arguments = vars(cli.parser().parse_args(words))
     del arguments["command"]
-
-    if given.j is not None:
-        torch.set_num_threads(given.j)
 
     def abort_if_asked() -> None:
         if (folder / ABORT_NOW).exists():
@@ -194,6 +191,7 @@ def _interrupt(number: int, _: object) -> None:
 
 def entry_point() -> None:
     """Console script: being told to end (by a queue, or with the terminal) is an interruption."""
+    processor.let_waiting_threads_sleep()
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
             signal.signal(number, _interrupt)

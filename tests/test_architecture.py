@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "cryo_svae"
 # Each part may import those before it in this list, and its own kind.
 LAYERS = [
     {"errors"},
-    {"config", "distributed", "geometry", "formats", "labels"},
+    {"config", "distributed", "geometry", "formats", "labels", "processor"},
     {"ctf", "kernels", "polar", "interchange", "stacks"},
     {"particles", "models"},
     {"doubts", "images", "pieces", "recording", "simulate", "conversion"},
