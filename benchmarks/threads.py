@@ -98,8 +98,8 @@ def main() -> None:
                 for busy in (False, True):
                     with other_job(busy):
                         found = classify(
-                            Path(name) / "set" / "particles.star", classes=10, iterations=3, diameter_angst=DIAMETER_ANGST,
-                            offset_range_px=3, pad=1, threads=threads,
+                            Path(name) / "set" / "particles.star", classes=10, iterations=3,
+                            diameter_angst=DIAMETER_ANGST, offset_range_px=3, pad=1, threads=threads,
                         )  # fmt: skip
                     spent.append(found.seconds / 3)
                 lines.append(f"{threads} threads, RELION      {spent[0]:18.2f} {'':9s} {spent[1]:18.2f}")
