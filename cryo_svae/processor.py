@@ -1,4 +1,4 @@
-"""Threads of the processor: how many a job may have, and that those that wait give their core away."""
+"""Threads of the processor: how many a job may have, and that those that wait soon give their core away."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import os
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+SPINS = "1000"  # of a waiting thread; benchmarks.threads
 
 
 def let_waiting_threads_sleep() -> None:
-    """Has OpenMP's threads sleep where they wait for one another; to be called before torch is imported.
+    """Has OpenMP's threads sleep soon where they wait for one another; call it before torch is imported.
 
-    By default they spin for a while, on cores that other programs could use. Where such a program holds the
-    core of one of them, the others spin for it at every barrier, and the job falls to a ninth of its speed.
+    By default they spin for a millisecond or so, on cores that other programs could use. Where such a
+    program holds the core of one of them, the others spin for it at every barrier, and the job takes four
+    times as long or more. Asleep at once (OMP_WAIT_POLICY=PASSIVE) they would lose half their speed on an
+    idle machine. This is GNU's OpenMP, which torch brings on Linux; what the user has set stays.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def use(n_threads: int | None) -> int:

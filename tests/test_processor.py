@@ -68,12 +68,16 @@ def test_openmp_is_told_before_it_is_loaded(module):
     code = (
         f"import os, sys, {module} as program\n"
         "assert 'torch' not in sys.modules\n"
-        "program.main = lambda: (print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules), 0)[1]\n"
+        "program.main = lambda: (print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules), 0)[1]\n"
         "program.entry_point()\n"
     )
-    without = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    for environment, policy in ((without, "PASSIVE"), ({**without, "OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+    without = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    for given, spins in (
+        ({}, processor.SPINS),
+        ({"GOMP_SPINCOUNT": "5"}, "5"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+    ):
         done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+            [sys.executable, "-c", code], env=without | given, capture_output=True, text=True, check=True
         )
-        assert done.stdout.split() == [policy, "False"]
+        assert done.stdout.split() == [spins, "False"]
