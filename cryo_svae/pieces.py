@@ -39,6 +39,8 @@ class Pieces:
                 rows = torch.arange(len(batch)).split(size)
                 return [work(batch if len(rows) == 1 else batch[row]) for row in rows]
             except torch.OutOfMemoryError as error:
+                if batch.image.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                    raise  # a recording, without which the batch may fit
                 if batch.share is not None:  # the other processes would wait for pieces they do not have
                     raise TrainingError(
                         "the GPU's memory does not hold a process's part of a batch.\n"

@@ -13,6 +13,8 @@ from benchmarks.gpu import Traffic
 from cryo_svae import training
 from cryo_svae.ctf import CtfTable
 from cryo_svae.models import ENGINES
+from cryo_svae.models.engine import Batch
+from cryo_svae.pieces import Pieces
 from cryo_svae.recording import Recorded
 from cryo_svae.store import TrainingStore
 from tests.on_device import GPU, fake_gpu
@@ -129,6 +131,19 @@ def test_a_batch_is_fetched_from_wherever_the_images_are(monkeypatch, held):
         assert {batch.index.device, batch.image.device, batch.ctf.cs_mm.device} == {GPU}
         assert batch.image.dtype == torch.float32
         assert batch.astigmatic
+
+
+def test_a_recording_is_not_taken_in_pieces(monkeypatch):
+    """It is broken off, and done without."""
+
+    def full(_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with fake_gpu() as gpu:
+        batch = Batch(gpu.tensor(4, dtype=torch.long), gpu.tensor(4, 2, 3), None)
+        with pytest.raises(torch.OutOfMemoryError):
+            Pieces().of(batch, full)
 
 
 def test_what_is_fetched_makes_the_batch_that_is_asked_for():
