@@ -112,12 +112,8 @@ class Card:
     """The card's rates, measured: bytes/s of a copy, and operations/s of a product of bfloat16 matrices."""
 
     def __init__(self) -> None:
-        block = torch.empty(2**30, dtype=torch.uint8, device=GPU)
-        other = torch.empty_like(block)
-        self.bytes_a_s = 2.0 * block.numel() / seconds(lambda: other.copy_(block), 10)
-        n = 8192
-        a, b = (torch.randn(n, n, device=GPU, dtype=torch.bfloat16) for _ in range(2))
-        self.operations_a_s = 2.0 * n**3 / seconds(lambda: a @ b, 10)
+        self.bytes_a_s = coordinate_gpu.copy_rate(GPU)
+        self.operations_a_s = coordinate_gpu.product_rate(GPU)
 
     def floors(self, work: Callable[[], object]) -> dict[str, float]:
         """Operations of a call, and the milliseconds that their bytes and multiplications take at least."""

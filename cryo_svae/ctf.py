@@ -92,17 +92,18 @@ def electron_wavelength_angst(voltage_kv: Float[Tensor, "*b"]) -> Float[Tensor, 
 
 def ctf_at(table: CtfTable, frequency_px: Float[Tensor, "*k 2"]) -> Float[Tensor, "b *k"]:
     """CTF of each of b particles' prepared images at frequencies (kx, ky) in cycles per pixel."""
-    ctf = _ctf_of_microscope(table, frequency_px)
+    ctf = _ctf_without_premultiplying(table, frequency_px)
     each = (slice(None),) + (None,) * (frequency_px.ndim - 1)
-    if table.phase_flipped is not None:
-        ctf = torch.where(table.phase_flipped[each], ctf.abs(), ctf)
     if table.premultiplied is not None:
         passed = (ctf / LEAST_CTF).square().clamp(max=1.0)
         ctf = torch.where(table.premultiplied[each], ctf * passed, ctf)
     return ctf
 
 
-def _ctf_of_microscope(table: CtfTable, frequency_px: Float[Tensor, "*k 2"]) -> Float[Tensor, "b *k"]:
+def _ctf_without_premultiplying(
+    table: CtfTable, frequency_px: Float[Tensor, "*k 2"]
+) -> Float[Tensor, "b *k"]:
+    """The CTF that plain images have, its absolute value where their phases were flipped."""
     expand = (slice(None),) + (None,) * (frequency_px.ndim - 1)
 
     def column(values: Tensor) -> Tensor:
@@ -126,6 +127,8 @@ def _ctf_of_microscope(table: CtfTable, frequency_px: Float[Tensor, "*k 2"]) -> 
         ctf = ctf * torch.exp(-0.25 * column(table.b_factor_angst2) * k2)
     if table.scale is not None:
         ctf = ctf * column(table.scale)
+    if table.phase_flipped is not None:
+        ctf = torch.where(table.phase_flipped[expand], ctf.abs(), ctf)
     return ctf
 
 
@@ -135,9 +138,7 @@ def whitener_2d(table: CtfTable, box_px: int) -> Float[Tensor, "b n half"]:
     1/C, but C/c² where |C| is below c = LEAST_CTF: there the noise is less than it is taken for.
     Multiplied by the CTF again, as a likelihood does, they are what they were before.
     """
-    ctf = _ctf_of_microscope(table, rfft_frequencies(box_px, table.pixel_size_angst.device))
-    if table.phase_flipped is not None:
-        ctf = torch.where(table.phase_flipped[:, None, None], ctf.abs(), ctf)
+    ctf = _ctf_without_premultiplying(table, rfft_frequencies(box_px, table.pixel_size_angst.device))
     if table.premultiplied is None:
         return torch.ones_like(ctf)
     whitener = ctf / ctf.square().clamp(min=LEAST_CTF**2)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 TIMES_BEFORE = 2  # work is done before it is recorded: optimisers and libraries make their tables
 
-
 log = logging.getLogger(__name__)
 
 

@@ -25,9 +25,8 @@ from cryo_svae.distributed import Share
 from cryo_svae.errors import InputError, OutputError
 from cryo_svae.images import ImageSource
 from cryo_svae.models.engine import Batch, Engine
-from cryo_svae.preprocessing import Preparation, prepared_images, working_ctf
+from cryo_svae.preprocessing import CPU, Preparation, prepared_images, working_ctf
 
-CPU = torch.device("cpu")
 IN_MEMORY_BYTES = 2**30
 GPU_SHARE = 0.6  # of its free memory, for images; the rest is for the work on a batch
 OUTLIER = 10.0  # times the median of the images' mean squares: one pixel of 95 sd in 32 x 32
@@ -38,7 +37,7 @@ class TrainingStore:
     """n usable particles, of which this process holds m: all, unless there are several.
 
     image:    (m, …) what ``Engine.represent`` made of them, on the GPU or not.
-    ctf:      their CTF parameters on the working grid, on the CPU, or None.
+    ctf:      their CTF parameters on the working grid, where the images are, or None.
     particle: (n,) the row of every usable particle in the particle set.
     first:    row among the n of the first one held.
     outlier:  (n,) True for images so bright that they are not trained on; None where none is.

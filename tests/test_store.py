@@ -14,7 +14,8 @@ from cryo_svae.fitting import fit_checkpoint, new_checkpoint, plan_training
 from cryo_svae.formats.mrc import read_images, write_stack
 from cryo_svae.images import ImageSource
 from cryo_svae.particles import read_particles
-from cryo_svae.store import CPU, TrainingStore, build_store
+from cryo_svae.preprocessing import CPU
+from cryo_svae.store import TrainingStore, build_store
 
 N = 40
 SETTINGS = {

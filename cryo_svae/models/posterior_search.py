@@ -230,9 +230,8 @@ class PosteriorSearch(nn.Module):
         Louis 1982, J. R. Stat. Soc. B 44, 226.
         """
         content, slopes = self._slopes(z)
-        probability = normalised(look.scores(content[:, None], log_prior[:, None])[:, 0])[1].flatten(1)[
-            :, None
-        ]
+        joint = look.scores(content[:, None], log_prior[:, None])[:, 0]
+        probability = normalised(joint)[1].flatten(1)[:, None]
         scores = look.inner(slopes).flatten(2)
         centred = scores.sub_(scores @ probability.mT)
         return (centred * probability) @ centred.mT
