@@ -14,11 +14,17 @@ from cryo_svae.simulate.particles import SimulateConfig, Simulated, micrograph_o
 MICROGRAPH_PX = 4096
 
 
+def micrograph_name(number: int) -> str:
+    """Path of a micrograph (0-based)."""
+    return f"micrographs/simulated_{number + 1:04d}.mrc"
+
+
 def write_simulated(folder: Path, simulated: Simulated, config: SimulateConfig) -> None:
     """Writes particles.mrcs, particles.star (no poses: a run starts blind) and truth.star.
 
     truth.star lists the same particles with rlnAnglePsi, rlnOriginXAngst, rlnOriginYAngst, for
-    ``views`` rlnAngleRot and rlnAngleTilt, svaeTrueConformation1… and svaeIsJunk.
+    any view rlnAngleRot and rlnAngleTilt, svaeTrueConformation1… and svaeIsJunk, from micrographs
+    svaeIsIce and svaeTrueContrast as well, and then the micrographs are written beside it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_stack(
@@ -26,6 +32,10 @@ def write_simulated(folder: Path, simulated: Simulated, config: SimulateConfig) 
     )
     optics, particles = _optics(simulated, config), _particles(simulated, config)
     write_tables(folder / "particles.star", {"optics": optics, "particles": particles})
+    for number, micrograph in simulated.micrographs.items():
+        path = folder / micrograph_name(number)
+        path.parent.mkdir(exist_ok=True)
+        write_stack(path, micrograph[None].numpy(), pixel_size_angst=simulated.pixel_size_angst)
     truth = {"optics": optics, "particles": {**particles, **_truth(simulated)}}
     write_tables(folder / "truth.star", truth)
 
@@ -45,12 +55,14 @@ def _optics(simulated: Simulated, config: SimulateConfig) -> dict[str, list[str]
 
 def _particles(simulated: Simulated, config: SimulateConfig) -> dict[str, list[str]]:
     n = len(simulated.images)
-    picks = np.random.default_rng(config.seed).integers(config.box, MICROGRAPH_PX - config.box, (n, 2))
+    if simulated.pick_px is not None:
+        picks = simulated.pick_px.numpy()
+    else:
+        within = (config.box, MICROGRAPH_PX - config.box)
+        picks = np.random.default_rng(config.seed).integers(*within, (n, 2))
     columns = {
         "rlnImageName": [f"{i + 1:06d}@particles.mrcs" for i in range(n)],
-        "rlnMicrographName": [
-            f"micrographs/simulated_{m + 1:04d}.mrc" for m in micrograph_of(n, config.n_micrographs)
-        ],
+        "rlnMicrographName": [micrograph_name(m) for m in micrograph_of(n, config.n_micrographs)],
         "rlnCoordinateX": _cells(picks[:, 0]),
         "rlnCoordinateY": _cells(picks[:, 1]),
         "rlnOpticsGroup": ["1"] * n,
@@ -75,6 +87,9 @@ def _truth(simulated: Simulated) -> dict[str, list[str]]:
     for k, values in enumerate(simulated.conformation.T.numpy(), start=1):
         columns[f"svaeTrueConformation{k}"] = _cells(values)
     columns["svaeIsJunk"] = [str(int(flag)) for flag in simulated.is_junk]
+    if simulated.is_ice is not None and simulated.contrast is not None:
+        columns["svaeIsIce"] = [str(int(flag)) for flag in simulated.is_ice]
+        columns["svaeTrueContrast"] = _cells(simulated.contrast.numpy())
     return columns
 
 

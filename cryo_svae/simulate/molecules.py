@@ -19,7 +19,8 @@ from torch import Tensor
 from cryo_svae.errors import InputError
 from cryo_svae.geometry import radians
 
-MOLECULES = ("hinge", "adk", "hsp90", "hsp90-two-arms", "views", "c2", "ring", "noise")
+RANDOM = ("lump", "random-hinge", "random-twist")  # see chains
+MOLECULES = ("hinge", "adk", "hsp90", "hsp90-two-arms", "views", "c2", "ring", "noise", *RANDOM)
 
 ADK_ATOMS_PER_BEAD = 8  # about one residue's heavy atoms
 HSP90_RESIDUES_PER_BEAD = 4

@@ -7,6 +7,7 @@ the beads, p = R(-psi) q - o, so an image carries no interpolation error.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,11 +18,18 @@ from torch import Tensor
 from cryo_svae.ctf import CtfTable, ctf_2d
 from cryo_svae.errors import InputError
 from cryo_svae.geometry import pixel_grid, reference_to_particle
-from cryo_svae.simulate.molecules import MOLECULES, Molecule, load_molecule
+from cryo_svae.simulate.molecules import MOLECULES, Molecule
 
 FILLED = 2 / 3  # part of the box a molecule fills when no pixel size is given
 PIXEL_BLUR_PX = 0.7  # a bead is never narrower than this, so that it does not alias
 CHUNK = 256  # images rendered at a time
+OF_MICROGRAPHS = {  # least, most, default
+    "spacing": (0.5, math.inf, 0.9),
+    "noise_excess": (0.0, math.inf, 15.0),
+    "contrast_std": (0.0, 1.0, 0.2),
+    "thickness_gradient": (0.0, 0.6, 0.3),
+    "ice_fraction": (0.0, 1.0, 0.03),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +39,9 @@ class SimulateConfig:
     molecule: str = field(
         default="hinge",
         metadata={"help": f"what to draw, one of {', '.join(MOLECULES)}; adk and hsp90 need --source"},
+    )
+    molecule_seed: int = field(
+        default=0, metadata={"help": "which of the random molecules: lump, random-hinge or random-twist"}
     )
     source: Path | None = field(
         default=None,
@@ -67,10 +78,43 @@ class SimulateConfig:
     cs_mm: float = field(default=2.7, metadata={"help": "spherical aberration in mm"})
     amplitude_contrast: float = field(default=0.1, metadata={"help": "amplitude contrast, 0 to 1"})
     junk_fraction: float = field(
-        default=0.0, metadata={"help": "part of the images that hold noise alone, 0 to 1"}
+        default=0.0, metadata={"help": "part of the images that hold no particle, 0 to 1"}
     )
     n_micrographs: int = field(
         default=10, metadata={"help": "micrographs the particles are spread over; one defocus each"}
+    )
+    micrographs: bool = field(
+        default=False,
+        metadata={
+            "help": "cut the particles from micrographs, with neighbours, coloured noise, uneven contrast "
+            "and ice; the SNR is then that within the circle around the molecule"
+        },
+    )
+    spacing: float | None = field(
+        default=None,
+        metadata={
+            "help": "least distance of particles on a micrograph, in diameters of the molecule [0.9]"
+        },
+    )
+    noise_excess: float | None = field(
+        default=None,
+        metadata={
+            "help": "power of a micrograph's noise at the lowest frequencies over that at the highest, "
+            "less 1; 0 for white noise [15]"
+        },
+    )
+    contrast_std: float | None = field(
+        default=None, metadata={"help": "standard deviation of the log contrast of micrographs [0.2]"}
+    )
+    thickness_gradient: float | None = field(
+        default=None,
+        metadata={
+            "help": "change of contrast from the middle of a micrograph to its sides, and of background "
+            "in standard deviations of the noise [0.3]"
+        },
+    )
+    ice_fraction: float | None = field(
+        default=None, metadata={"help": "part of the picks that are on ice crystals, 0 to 1 [0.03]"}
     )
     seed: int = field(default=0, metadata={"help": "random seed; the same seed gives the same bytes"})
 
@@ -94,6 +138,17 @@ class SimulateConfig:
         _require(0 <= contrast < 1, "--amplitude-contrast", contrast, "at least 0 and below 1")
         _require(0 <= self.junk_fraction <= 1, "--junk-fraction", self.junk_fraction, "0 to 1")
         _require(self.n_micrographs >= 1, "--n-micrographs", self.n_micrographs, "at least 1")
+        for name, (least, most, _) in OF_MICROGRAPHS.items():
+            value = getattr(self, name)
+            option = "--" + name.replace("_", "-")
+            expected = f"{least:g} to {most:g}" if most < math.inf else f"{least:g} or more"
+            _require(value is None or least <= value <= most, option, value, expected)
+            _require(value is None or self.micrographs, option, "no --micrographs", "it with --micrographs")
+
+    def of_micrographs(self, name: str) -> float:
+        """The value of an option of micrographs, as given or its default."""
+        given: float | None = getattr(self, name)
+        return OF_MICROGRAPHS[name][2] if given is None else given
 
 
 def _require(fine: bool, option: str, found: object, expected: str) -> None:
@@ -108,7 +163,11 @@ class Simulated:
     conformation: drawn from the molecule's prior, one column for each degree of freedom.
     origin_px:    RELION origins (x, y) over the pixel size.
     view_rad:     rlnAngleRot and rlnAngleTilt in radians, or None where all are seen along z.
-    noise_std:    standard deviation of the white noise, in units of the images.
+    noise_std:    standard deviation of the noise, in units of the images.
+    is_ice:       junk that is an ice crystal.
+    contrast:     what each particle was multiplied by; 0 of junk. None where nothing was.
+    pick_px:      pixels (x, y) of the micrograph at which the boxes were cut; None where there is none.
+    micrographs:  what the boxes were cut from, by number (``micrograph_of``), each of its own side.
     """
 
     images: Float[Tensor, "n box box"]
@@ -120,6 +179,10 @@ class Simulated:
     is_junk: Bool[Tensor, "n"]
     noise_std: float
     ctf: CtfTable | None
+    is_ice: Bool[Tensor, "n"] | None = None
+    contrast: Float[Tensor, "n"] | None = None
+    pick_px: Float[Tensor, "n 2"] | None = None
+    micrographs: Mapping[int, Float[Tensor, "m m"]] = field(default_factory=dict)
 
     @property
     def direction(self) -> Float[Tensor, "n 3"] | None:
@@ -177,26 +240,30 @@ def project(
     return images
 
 
-def simulate(config: SimulateConfig) -> Simulated:
-    """Images of the configured molecule in random conformations and poses, with white noise.
+def pixel_size_of(config: SimulateConfig, molecule: Molecule) -> float:
+    """The pixel size in Å: as configured, or such that the molecule fills ``FILLED`` of the box."""
+    if config.pixel_size_angst is not None:
+        return config.pixel_size_angst
+    return 2.0 * molecule.radius_angst() / (FILLED * config.box)
+
+
+def lone_particles(config: SimulateConfig, molecule: Molecule) -> Simulated:
+    """Images of a molecule alone in random conformations and poses, with white noise.
 
     psi is uniform, origins are Gaussian, defoci are uniform over micrographs. SNR: the variance of
     the noiseless, CTF-multiplied particles (junk left out) over all pixels within box/2 of the
     centre, divided by the noise variance. Images of ``noise`` have noise of variance 1.
     """
-    molecule = load_molecule(config.molecule, config.source)
-    pixel_size = config.pixel_size_angst
-    if pixel_size is None:
-        pixel_size = 2.0 * molecule.radius_angst() / (FILLED * config.box)
+    pixel_size = pixel_size_of(config, molecule)
     n, generator = config.n_particles, torch.Generator().manual_seed(config.seed)
     conformation = molecule.draw(n, generator)
     psi = (2.0 * torch.rand(n, generator=generator) - 1.0) * math.pi
     origin = torch.randn(n, 2, generator=generator) * config.shift_std_px
-    view = _draw_views(n, generator) if molecule.any_view else None
+    view = draw_views(n, generator) if molecule.any_view else None
     is_junk = torch.rand(n, generator=generator) < config.junk_fraction
     if config.molecule == "noise":
         is_junk = torch.ones(n, dtype=torch.bool)
-    ctf = _draw_ctf(config, pixel_size, generator)
+    ctf = draw_ctf(config, pixel_size, generator)
     images = project(
         molecule, conformation, psi, origin,
         box_px=config.box, pixel_size_angst=pixel_size, view_rad=view,
@@ -212,7 +279,7 @@ def simulate(config: SimulateConfig) -> Simulated:
     return Simulated(images, pixel_size, conformation, psi, origin, view, is_junk, noise_std, ctf)
 
 
-def _draw_views(n: int, generator: torch.Generator) -> Float[Tensor, "n 2"]:
+def draw_views(n: int, generator: torch.Generator) -> Float[Tensor, "n 2"]:
     """Rot and tilt of n directions, uniform on the sphere."""
     u = torch.rand(n, 2, generator=generator)
     return torch.stack([(2.0 * u[:, 0] - 1.0) * math.pi, torch.acos(2.0 * u[:, 1] - 1.0)], -1)
@@ -223,7 +290,7 @@ def micrograph_of(n_particles: int, n_micrographs: int) -> list[int]:
     return [i * n_micrographs // n_particles for i in range(n_particles)]
 
 
-def _draw_ctf(config: SimulateConfig, pixel_size: float, generator: torch.Generator) -> CtfTable | None:
+def draw_ctf(config: SimulateConfig, pixel_size: float, generator: torch.Generator) -> CtfTable | None:
     """One defocus for each micrograph, 2 % astigmatic at a random angle."""
     low, high = config.defocus_min_angst, config.defocus_max_angst
     if low is None or high is None:
