@@ -249,7 +249,8 @@ def coloured_noise(
     square = (k[0].square() + k[1].square()) * (NOISE_LENGTH_ANGST / pixel_size_angst) ** 2
     spectrum = torch.fft.rfft2(torch.randn(side_px, side_px, generator=generator))
     noise = torch.fft.irfft2(spectrum * (1.0 + excess / (1.0 + square)).sqrt(), s=(side_px, side_px))
-    return noise / noise.std()
+    scaled: Tensor = noise / noise.std()
+    return scaled
 
 
 def _cut(canvas: Float[Tensor, "m m"], pick_px: Int[Tensor, "k 2"], box_px: int) -> Float[Tensor, "k n n"]:
