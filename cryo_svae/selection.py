@@ -36,6 +36,7 @@ SHORT_NAMES = {
     "x": ("svaeOriginXAngst", "rlnOriginXAngst"),
     "y": ("svaeOriginYAngst", "rlnOriginYAngst"),
     "class_number": ("rlnClassNumber",),
+    "class_probability": ("rlnMaxValueProbDistribution",),
     "figure_of_merit": ("rlnParticleFigureOfMerit",),
     "log_likelihood": ("svaeLogLikelihood",),
 }
@@ -49,8 +50,8 @@ class SelectionConfig:
     where: str | None = option(
         None,
         "a condition, e.g. 'figure_of_merit > 0.4 and z1 > 0': any numeric column by its label, or z1, "
-        "z2, …, psi, psi_std (degrees), x, y (origin, Å), class_number, figure_of_merit, "
-        "log_likelihood, defocus (Å); with + - * / abs() and or not < <= == != >= >",
+        "z2, …, psi, psi_std (degrees), x, y (origin, Å), class_number, class_probability, "
+        "figure_of_merit, log_likelihood, defocus (Å); with + - * / abs() and or not < <= == != >= >",
     )
     particles: Path | None = option(
         None, "a text file of particle numbers, counted from 1, such as the report's lasso saves"

@@ -202,6 +202,8 @@ def write_estimates(
         score = contrast_score(source, checkpoint.preparation, device)
         page = gather(job, particles, checkpoint, found, settings, score, device)
         write_report(job.path("report.html"), page)
+    if len(classes.centre) < n_classes:
+        log.info("%d classes asked for: z is not known well enough to tell so many apart", n_classes)
     log.info(
         "%d classes of %d particles; open %s",
         len(classes.centre),
@@ -234,12 +236,11 @@ def _write_files(
         "particles": str(particles.star.path),
         "config": "\n".join(f"{name}: {value}" for name, value in settings.items()),
     }
-    export.write_latents(job.path("latents.h5"), table, classes.class_number, attributes)
-    export.write_particles(
-        job.path("particles.star"), particles, table, classes.class_number, settings["overwrite_pose"]
-    )
+    export.write_latents(job.path("latents.h5"), table, classes, attributes)
+    path = job.path("particles.star")
+    export.write_particles(path, particles, table, classes, settings["overwrite_pose"])
     if particles.cs is not None:
-        export.write_cs_particles(job.path("particles.cs"), particles, table, classes.class_number)
+        export.write_cs_particles(job.path("particles.cs"), particles, table, classes)
     star, block = read_job_particles(job.folder)
     write_class2d(
         job.path("Class2D"),
