@@ -35,6 +35,7 @@ from cryo_svae.formats.star import write_tables
 from cryo_svae.images import ImageSource
 from cryo_svae.job import CHECKPOINT, Job, digest, digest_of_stacks
 from cryo_svae.particles import UNDISTORTED, ParticleSet, read_source
+from cryo_svae.picks import close_picks
 from cryo_svae.preprocessing import Preparation
 from cryo_svae.report.page import write_report
 from cryo_svae.reporting import Findings, findings, gather
@@ -99,6 +100,15 @@ def _style(particles: ParticleSet) -> str:
     return "RELION 3.0, one block" if particles.is_relion30 else "RELION 3.1 or later"
 
 
+def say_close_picks(particles: ParticleSet, preparation: Preparation) -> None:
+    """How many particles may be picked twice, and where they are many a warning."""
+    close = close_picks(particles, preparation.mask_diameter_angst)
+    if close is not None:
+        log.info("close picks   %s", close)
+        for line in close.doubts():
+            log.warning("%s: %s", particles.star.path, line)
+
+
 def train(job: Job, particles: ParticleSet, plan: Plan) -> Checkpoint:
     """Trains a model on a particle set, from the job's checkpoint where there is one."""
     job.write_config(plan.settings)
@@ -106,6 +116,7 @@ def train(job: Job, particles: ParticleSet, plan: Plan) -> Checkpoint:
         log.info("%-19s %s", name, value)
     for line in ignored_aberrations(particles, plan.preparation.pixel_size_angst):
         log.warning(line)
+    say_close_picks(particles, plan.preparation)
     device = pick_device(plan.settings["device"])
     with job.timed("contrast"):
         check_contrast(ImageSource(particles), plan.preparation, device)
@@ -307,6 +318,7 @@ def estimate_only(job: Job, settings: Mapping[str, Any], source: str) -> None:
     checkpoint = load_checkpoint(Path(settings["model"]))
     particles = load_particles(job, settings, source)
     check_fits(particles, checkpoint)
+    say_close_picks(particles, checkpoint.preparation)
     of_compute = config.build(ComputeConfig, settings, source)
     of_output = config.build(OutputConfig, settings, source)
     resolved = {**settings, **config.as_settings(of_compute, of_output)}

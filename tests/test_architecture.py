@@ -16,7 +16,7 @@ LAYERS = [
     {"config", "distributed", "geometry", "formats", "labels", "processor"},
     {"ctf", "kernels", "polar", "interchange", "membership", "stacks"},
     {"particles", "models"},
-    {"doubts", "images", "pieces", "recording", "simulate", "conversion"},
+    {"doubts", "images", "picks", "pieces", "recording", "simulate", "conversion"},
     {"preprocessing"},
     {"store", "checkpoint"},
     {"training", "estimation"},

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cryo_svae.picks import ClosePicks
+
 Reals = NDArray[np.floating[Any]]
 Integers = NDArray[np.integer[Any]]
 
@@ -85,6 +87,7 @@ class ReportData:
     title, particles_file, program: names to show; any text is safe.
     job:               the job folder as the user would type it, for the commands shown.
     decoded:           (k, m, m) the generator's images at the class centres.
+    close_picks:       particles that lie close to another in their micrograph, where places are known.
     contrast_score:    standard errors by which the middle of particles is brighter than the rest.
     inverted:          --invert was given.
     ctf_used:          the model has the CTF in it.
@@ -120,6 +123,7 @@ class ReportData:
     examples: Examples | None = None
     learning: LearningCurve | None = None
 
+    close_picks: ClosePicks | None = None
     contrast_score: float | None = None
     inverted: bool = False
     ctf_used: bool = False

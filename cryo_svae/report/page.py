@@ -117,6 +117,7 @@ def list_warnings(data: ReportData, r2: dict[str, Reals]) -> list[str]:
     found = warnings.no_signal(data.z[good], data.z_std[good], data.figure_of_merit[good])
     found += warnings.wrong_contrast(data.contrast_score, data.inverted)
     found += warnings.unusable_images(good)
+    found += [] if data.close_picks is None else data.close_picks.doubts()
     found += warnings.ctf_missing(data.ctf_used, data.defocus_angst is not None)
     if data.pose_found:
         origins = data.origin_angst[good]
@@ -150,6 +151,7 @@ def _warnings(found: list[str], data: ReportData) -> str:
     if not found:
         checked = ["signal", "images", "CTF", "class sizes"]
         checked += [] if data.contrast_score is None else ["contrast"]
+        checked += [] if data.close_picks is None else ["picks"]
         checked += ["shifts", "in-plane angles", "what z follows"] if data.pose_found else []
         return f'<aside class="fine"><h2>No warnings</h2><p>Checked: {", ".join(checked)}.</p></aside>'
     items = "".join(f"<li>{escape(text)}</li>" for text in found)
