@@ -35,7 +35,7 @@ class ClosePicks:
             return []
         return [
             f"Picked twice? {self}. They count twice, and in both half-sets, which makes resolutions look "
-            f"better. After a run, cryo-svae select --min-distance {self.distance_px:.0f} keeps the better one."
+            f"better: after a run, cryo-svae select --min-distance {self.distance_px:.0f} keeps one of each"
         ]
 
 

@@ -22,6 +22,7 @@ SHAPED = (
     "class_averages",
     "montage",
     "store",
+    "templates",
     "training",
 )
 install_import_hook([f"cryo_svae.{name}" for name in SHAPED], "beartype.beartype")
