@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryo_svae.picks import ClosePicks
+from cryo_svae.proposal import objections
 
 Reals = NDArray[np.floating[Any]]
 Integers = NDArray[np.integer[Any]]
@@ -159,3 +160,10 @@ class ReportData:
         total = np.bincount(self.class_number[self.usable] - 1, weights=weight, minlength=self.n_classes)
         sizes = self.class_sizes
         return np.where(sizes > 0, total / np.maximum(sizes, 1), np.nan)
+
+    @cached_property
+    def class_objections(self) -> list[str]:
+        """Why each class had better be left out, empty for those worth keeping; [] without averages."""
+        if self.averages is None:
+            return []
+        return objections(self.class_sizes, self.class_merits, self.averages.resolution_05_angst)
