@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 MAX_SHIFT_SHARE_OF_BOX = 0.1
 NO_SHIFT_ANGST = 1e-3  # a prior as good as fixed, for engines that need one
 CONTRAST_PARTICLES = 2000
-LEAST_LOWEST_PX = 8  # working pixels: origins are first sought at wavelengths of six and more
+LEAST_LOWEST_PX = 12  # working pixels, of which origins are first sought at wavelengths of six and more
 MOST_HIGHEST_SHARE = 0.125  # of the box: then eight rings are compared
 
 
@@ -143,7 +143,7 @@ def _check_band(of_model: ModelConfig, preparation: Preparation) -> None:
     lowest = of_model.lowest_resolution or math.inf
     least, most = LEAST_LOWEST_PX * size_angst, MOST_HIGHEST_SHARE * preparation.box_px * size_angst
     check(highest <= most, "highest_resolution", highest, f"{most:.1f} Å or less, an eighth of the box")
-    for bound, why in ((least, "eight working pixels"), (2 * highest, "twice the highest resolution")):
+    for bound, why in ((least, "twelve working pixels"), (2 * highest, "twice the highest resolution")):
         check(lowest >= bound, "lowest_resolution", lowest, f"{bound:.1f} Å or more, {why}")
 
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from cryo_svae.checkpoint import load_checkpoint
 from cryo_svae.cli import main
+from cryo_svae.ctf import CtfTable
 from cryo_svae.errors import InputError
 from cryo_svae.formats.mrc import read_images
 from cryo_svae.geometry import pixel_grid
@@ -20,6 +22,7 @@ from cryo_svae.models.steerable import SteerableConfig, SteerableEngine
 from cryo_svae.models.vanilla import VanillaEngine
 from cryo_svae.simulate import SimulateConfig, Simulated, simulate
 from tests.conftest import optics_columns
+from tests.test_ctf import table
 
 BOX = 32
 LOWEST_PX, HIGHEST_PX = 6.4, 2.9  # rings 5 to 11
@@ -41,8 +44,8 @@ def steerable(**config: float) -> SteerableEngine:
     return SteerableEngine(BOX, 1, SteerableConfig(max_shift_px=0.0, **config))
 
 
-def batch_of(engine: Engine, images: Tensor) -> Batch:
-    return Batch(torch.arange(len(images)), engine.represent(images), None)
+def batch_of(engine: Engine, images: Tensor, ctf: CtfTable | None = None) -> Batch:
+    return Batch(torch.arange(len(images)), engine.represent(images), ctf)
 
 
 def trained(engine: SteerableEngine, images: Tensor, epochs: int) -> SteerableEngine:
@@ -139,7 +142,8 @@ def test_bulk_that_varies_is_no_content_where_it_is_coarser_than_the_lowest_reso
 
 
 @pytest.mark.parametrize("engine_class", [CoordinateEngine, VanillaEngine])
-def test_the_mlp_engines_do_not_know_what_is_beyond_the_bounds(engine_class):
+@pytest.mark.parametrize("ctf", [None, table(6)], ids=["no CTF", "CTF"])
+def test_the_mlp_engines_do_not_know_what_is_beyond_the_bounds(engine_class, ctf):
     config = CoordinateConfig(
         hidden=8, encoder_hidden=8, lowest_resolution_px=LOWEST_PX, highest_resolution_px=HIGHEST_PX
     )
@@ -151,7 +155,8 @@ def test_the_mlp_engines_do_not_know_what_is_beyond_the_bounds(engine_class):
     fine = torch.cos(2 * math.pi * (8 * grid[..., 0] + 10 * grid[..., 1]) / BOX)
     with torch.no_grad():
         plain, beside = (
-            engine.infer(batch_of(engine, each)) for each in (images, images + 3.0 * coarse - 2.0 * fine)
+            engine.infer(batch_of(engine, each, ctf))
+            for each in (images, images + 3.0 * coarse - 2.0 * fine)
         )
         assert same(plain, beside, 1e-3)
         assert power_outside(engine.decode(torch.zeros(1, 2)), LOWEST_PX, HIGHEST_PX) < 1e-9
@@ -184,11 +189,16 @@ def test_a_job_within_bounds_keeps_them_in_its_model(make_dataset, tmp_path, eng
         str(make_dataset(30, box=32, optics=optics_columns(1, rlnImageSize=["32"]))),
         tmp_path / "job",
     )
-    bounds = ["--lowest-resolution", "22", "--highest-resolution", "6"]
+    bounds = ["--lowest-resolution", "31", "--highest-resolution", "6"]
     assert main(["run", star, "--out", str(job), "--engine", engine, "--epochs", "2", *bounds, *small]) == 0
-    assert "lowest_resolution: 22.0" in (job / "config.yaml").read_text()
+    assert "lowest_resolution: 31.0" in (job / "config.yaml").read_text()
     decoded = torch.from_numpy(read_images(job / "decoded.mrcs", np.arange(1)))
-    assert power_outside(decoded, 1.3 * 22 / 2.5, 6 / 2.5 / 1.2) < 0.1  # noise, at the disc's edge too
+    assert power_outside(decoded, 1.3 * 31 / 2.5, 6 / 2.5 / 1.2) < 0.1  # noise, at the disc's edge too
+    older = torch.load(job / "model.pt", weights_only=True)  # of before there were bounds
+    for name in ("lowest_resolution_px", "highest_resolution_px"):
+        assert older["engine_config"].pop(name) > 0
+    torch.save(older, tmp_path / "older.pt")
+    assert load_checkpoint(tmp_path / "older.pt").engine.config.lowest_resolution_px is None
     again = tmp_path / "again"
     assert main(["estimate", star, "--model", str(job / "model.pt"), "--out", str(again)]) == 0
     assert (again / "particles.star").read_bytes() == (job / "particles.star").read_bytes()
@@ -200,7 +210,7 @@ def test_a_job_within_bounds_keeps_them_in_its_model(make_dataset, tmp_path, eng
         (["--lowest-resolution", "-1"], "--lowest-resolution"),
         (["--highest-resolution", "0"], "--highest-resolution"),
         (["--lowest-resolution", "10", "--highest-resolution", "12"], "--lowest-resolution: found 10"),
-        (["--lowest-resolution", "12"], "20.0 Å or more, eight working pixels"),
+        (["--lowest-resolution", "29"], "30.0 Å or more, twelve working pixels"),
         (["--highest-resolution", "30"], "10.0 Å or less, an eighth of the box"),
     ],
 )
