@@ -94,11 +94,19 @@ def test_the_steerable_engine_sees_and_generates_rings_within_the_bounds_alone()
     outside = (engine.full.ring < 5) | (engine.full.ring > 11)
     assert (engine.represent(images)[..., outside] == 0).all()
     assert engine.n_rings <= 12
-    assert int(engine.begin_epoch(3, 4) or engine.n_rings) <= 12
     # rings of the inside of the disc, whose edge widens them
     with torch.no_grad():
         decoded = engine.decode(torch.zeros(1, 1))
     assert power_outside(decoded, LOWEST_PX * 1.3, HIGHEST_PX / 1.2) < 0.03
+
+
+def test_rings_are_taken_in_up_to_the_highest_resolution():
+    images = hinge(400, snr=4.0).images
+    wide, narrow = (
+        trained(steerable(**bounds), images, 6) for bounds in ({}, {"highest_resolution_px": 4.5})
+    )
+    assert wide.n_rings > 9
+    assert narrow.n_rings == 8  # 0 to 7: 32 px / 7 is 4.6 px
 
 
 def same(first: Posterior, second: Posterior, tolerance: float) -> bool:
