@@ -101,7 +101,7 @@ def test_the_steerable_engine_sees_and_generates_rings_within_the_bounds_alone()
 
 
 def test_rings_are_taken_in_up_to_the_highest_resolution():
-    images = hinge(400, snr=4.0).images
+    images = hinge(1500, snr=4.0).images
     wide, narrow = (
         trained(steerable(**bounds), images, 6) for bounds in ({}, {"highest_resolution_px": 4.5})
     )
