@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cryo_svae.averages import Classes
 from cryo_svae.estimation import EstimateTable
 from cryo_svae.export import write_particles
 from cryo_svae.formats.mrc import write_stack
@@ -118,13 +119,19 @@ def table(n_rows: int) -> EstimateTable:
     return EstimateTable(z, z_std, psi, psi_std, origin, origin_std, merit, bound, second, usable)
 
 
+def fifty_classes(n_rows: int) -> Classes:
+    """Classes in turn, of any probability."""
+    probability = np.random.default_rng(2).uniform(0.02, 1.0, n_rows)
+    return Classes(np.zeros((50, 2)), np.arange(n_rows) % 50 + 1, probability, np.full(50, n_rows // 50))
+
+
 def ours(star: Path, out: Path) -> Iterator[str]:
     """The steps of a job."""
     particles = read_particles(star)
     yield "read and checked"
-    estimates = table(len(particles))
+    estimates, classes = table(len(particles)), fifty_classes(len(particles))
     yield "(made-up estimates)"
-    write_particles(out, particles, estimates, np.arange(len(particles)) % 50 + 1, overwrite_pose=False)
+    write_particles(out, particles, estimates, classes, overwrite_pose=False)
     yield "extended and written"
 
 

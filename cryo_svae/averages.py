@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cryo_svae.checkpoint import Checkpoint
 from cryo_svae.estimation import EstimateTable
+from cryo_svae.membership import mixture_of, most_likely
 
 PARTICLES_A_CLASS = 100
 MOST_CLASSES = 50
@@ -20,15 +21,17 @@ MOST_FOR_CENTRES = 25_000  # particles that centres are found from; k-means++ ta
 
 @dataclass(frozen=True)
 class Classes:
-    """k-means classes of z, largest first.
+    """Classes of z, largest first; every one has particles, unless there are none at all.
 
     centre:       (k, d).
-    class_number: (n,) 1-based; unusable particles go by their z of 0.
+    class_number: (n,) the likeliest class of each, 1-based; for unusable particles any.
+    probability:  (n,) of that class; 0 for unusable particles.
     n_particles:  (k,) usable particles of each.
     """
 
     centre: NDArray[np.float64]
     class_number: NDArray[np.intp]
+    probability: NDArray[np.float64]
     n_particles: NDArray[np.intp]
 
 
@@ -38,10 +41,11 @@ def default_classes(n_particles: int) -> int:
 
 
 def classify(table: EstimateTable, n_classes: int, seed: int) -> Classes:
-    """k-means (k-means++ start) on the z of usable particles; fewer classes where z are too few.
+    """k-means (k-means++ start) on the z of usable particles, and the likeliest class of each particle.
 
-    Centres are those of 25,000 particles drawn at random, where there are more; every particle then
-    goes to its nearest.
+    Centres are those of 25,000 particles drawn at random, where there are more. There are fewer classes
+    than asked for where z are too few, and where z is known too badly for a class to be any particle's
+    likeliest.
     """
     from scipy.cluster.vq import kmeans2  # a quarter of a second, for those who classify
 
@@ -56,12 +60,23 @@ def classify(table: EstimateTable, n_classes: int, seed: int) -> Classes:
         centre = z.mean(0, keepdims=True) if len(z) else np.zeros((1, table.z.shape[1]))
     else:
         centre, _ = kmeans2(z, k, iter=50, minit="++", missing="warn", rng=random)
-    number = _nearest(table.z, centre)
+    mixture = mixture_of(z, _nearest(z, centre), centre)
+    std = np.where(table.usable[:, None], table.z_std, 1.0)
+    number, probability = most_likely(mixture, table.z, std)
     counts = np.bincount(number[table.usable], minlength=len(centre))
+    if counts.any() and not counts.all():
+        mixture = mixture[counts > 0]
+        number, probability = most_likely(mixture, table.z, std)
+        counts = np.bincount(number[table.usable], minlength=len(mixture.centre))
     order = np.argsort(-counts, kind="stable")
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
-    return Classes(centre=centre[order], class_number=rank[number] + 1, n_particles=counts[order])
+    return Classes(
+        centre=mixture.centre[order],
+        class_number=rank[number] + 1,
+        probability=np.where(table.usable, probability, 0.0),
+        n_particles=counts[order],
+    )
 
 
 def _nearest(z: NDArray[np.float64], centre: NDArray[np.float64]) -> NDArray[np.intp]:

@@ -135,10 +135,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def _is_of(kind: type[Any], values: object) -> bool:
-    """Whether a mapping holds the fields of a dataclass, each of its type."""
+    """Whether a mapping holds the fields of a dataclass, each of its type.
+
+    Those whose default is None may be missing: models older than such a field did without it.
+    """
     hints = typing.get_type_hints(kind)
     names = {item.name for item in dataclasses.fields(kind)}
-    if not isinstance(values, dict) or values.keys() != names:
+    newer = {item.name for item in dataclasses.fields(kind) if item.default is None}
+    if not isinstance(values, dict) or not names - newer <= values.keys() <= names:
         return False
     return all(
         any(fits(value, each) for each in alternatives(hints[name])) for name, value in values.items()

@@ -22,9 +22,9 @@ from cryo_svae.class_averages import ClassAverages
 from cryo_svae.estimation import EstimateTable
 from cryo_svae.formats.mrc import write_stack
 from cryo_svae.formats.star import StarBlock, StarFile, write_star, write_tables
+from cryo_svae.job_classes import NO_RESOLUTION_ANGST
 
 ROOT = "run_it025"
-NONE_ANGST = 999.0  # what RELION writes for no resolution; it would read nan as 0
 NOT_ESTIMATED = "999.000000"  # an accuracy, in RELION's words
 GROUP_LABELS = ("rlnGroupName", "rlnMicrographName")  # RELION's noise groups, by the first there is
 ONLY_GROUP = "all"
@@ -187,7 +187,7 @@ def _references(stack: Path, averages: ClassAverages) -> dict[str, list[str]]:
 def _ring_columns(box_px: int, pixel_size_angst: float) -> dict[str, list[str]]:
     ring = np.arange(box_px // 2 + 1)
     frequency = ring / (box_px * pixel_size_angst)
-    wavelength = np.concatenate([[NONE_ANGST], 1.0 / frequency[1:]])
+    wavelength = np.concatenate([[NO_RESOLUTION_ANGST], 1.0 / frequency[1:]])
     return {
         "rlnSpectralIndex": [str(number) for number in ring.tolist()],
         "rlnResolution": _cells(frequency),
@@ -240,7 +240,7 @@ def _write_optimiser(folder: Path, particle_diameter_angst: float, use_ctf: bool
 
 
 def _resolution(angst: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.where(np.isnan(angst), NONE_ANGST, angst)
+    return np.where(np.isnan(angst), NO_RESOLUTION_ANGST, angst)
 
 
 def _cells(values: NDArray[np.float64]) -> list[str]:

@@ -193,11 +193,19 @@ def _inspect(arguments: dict[str, Any]) -> None:
 
 
 def _select(arguments: dict[str, Any]) -> None:
-    from cryo_svae.selection import SelectionConfig, select
+    from cryo_svae.selection import SelectionConfig, select, settle
 
-    settings = config.build(SelectionConfig, arguments, "the command line")
-    kept, total = select(arguments["job"], arguments["out"], settings)
-    print(f"{kept:,} of {total:,} particles in {arguments['out']}")
+    job, out = arguments["job"], arguments["out"]
+    settings, said = settle(job, config.build(SelectionConfig, arguments, "the command line"))
+    for line in said:
+        print(line)
+    kept, total = select(job, out, settings)
+    print(f"{kept:,} of {total:,} particles in {out}")
+    if settings.templates is not None:
+        from cryo_svae.templates import write_templates
+
+        for line in write_templates(job, settings, settings.templates):
+            print(line)
 
 
 def _convert(arguments: dict[str, Any]) -> None:

@@ -93,11 +93,24 @@ class ModelConfig:
     shift_std: float | None = option(
         None, "standard deviation of the shifts in Å [steerable learns it, others take half of --max-shift]"
     )
+    lowest_resolution: float | None = option(
+        None,
+        "wavelengths longer than this (Å) are not compared, e.g. 60 where a micelle would be [all are]",
+    )
+    highest_resolution: float | None = option(
+        None,
+        "wavelengths shorter than this (Å) are not compared, though they are averaged, e.g. 10 [all are; "
+        "steerable looks as far as it finds signal]",
+    )
 
     def __post_init__(self) -> None:
         check(self.z_dim >= 1, "z_dim", self.z_dim, "1 or more")
         check(self.max_shift is None or self.max_shift >= 0, "max_shift", self.max_shift, "Å, 0 or more")
         check(self.shift_std is None or self.shift_std > 0, "shift_std", self.shift_std, "Å above 0")
+        highest, lowest = self.highest_resolution, self.lowest_resolution
+        check(highest is None or highest > 0, "highest_resolution", highest, "Å above 0")
+        lowest_ok = lowest is None or lowest > (highest or 0)
+        check(lowest_ok, "lowest_resolution", lowest, f"Å above {highest or 0:g}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cryo_svae.averages import Classes
 from cryo_svae.estimation import EstimateTable
 from cryo_svae.formats.cs import write_cs
 from cryo_svae.formats.results import write_arrays
@@ -22,15 +23,14 @@ log = logging.getLogger(__name__)
 Reals = NDArray[np.float64]
 
 
-def _columns(
-    table: EstimateTable, class_number: NDArray[np.intp], pose_prefix: str
-) -> dict[str, tuple[Reals, str]]:
+def _columns(table: EstimateTable, classes: Classes, pose_prefix: str) -> dict[str, tuple[Reals, str]]:
     """The columns of a job: label to values (n,) and the format of their cells."""
     columns = {
         f"{pose_prefix}AnglePsi": (table.psi_deg, "%.6f"),
         f"{pose_prefix}OriginXAngst": (table.origin_angst[:, 0], "%.6f"),
         f"{pose_prefix}OriginYAngst": (table.origin_angst[:, 1], "%.6f"),
-        "rlnClassNumber": (class_number.astype(np.float64), "%d"),
+        "rlnClassNumber": (classes.class_number.astype(np.float64), "%d"),
+        "rlnMaxValueProbDistribution": (classes.probability, "%.6f"),
         "rlnParticleFigureOfMerit": (table.figure_of_merit, "%.6f"),
     }
     for axis, values in enumerate(table.z.T, start=1):
@@ -44,7 +44,7 @@ def _columns(
 
 
 def star_columns(
-    particles: ParticleSet, table: EstimateTable, class_number: NDArray[np.intp], overwrite_pose: bool
+    particles: ParticleSet, table: EstimateTable, classes: Classes, overwrite_pose: bool
 ) -> dict[str, Numbers]:
     """Columns to add to (or replace in) the particles block, label to cells.
 
@@ -52,7 +52,7 @@ def star_columns(
     Files in RELION 3.0's style also get their origins in pixels (rlnOriginX, rlnOriginY).
     """
     keeps_pose = particles.has_3d_pose and not overwrite_pose
-    columns = _columns(table, class_number, "svae" if keeps_pose else "rln")
+    columns = _columns(table, classes, "svae" if keeps_pose else "rln")
     if keeps_pose:
         log.warning(
             "the input holds 3-D poses: they are kept, and our psi and origins written as "
@@ -65,29 +65,19 @@ def star_columns(
 
 
 def write_particles(
-    path: Path,
-    particles: ParticleSet,
-    table: EstimateTable,
-    class_number: NDArray[np.intp],
-    overwrite_pose: bool,
+    path: Path, particles: ParticleSet, table: EstimateTable, classes: Classes, overwrite_pose: bool
 ) -> None:
     """The input STAR file with our columns; every other cell to the letter."""
-    columns = star_columns(particles, table, class_number, overwrite_pose)
+    columns = star_columns(particles, table, classes, overwrite_pose)
     write_star(path, particles.star, block=particles.block.name, columns=columns)
 
 
-def write_cs_particles(
-    path: Path, particles: ParticleSet, table: EstimateTable, class_number: NDArray[np.intp]
-) -> None:
-    """The input .cs table with our alignments2D/* and svae/* fields; every other field to the byte.
-
-    A class of k-means takes a particle whole: its class_posterior is 1, and 0 for unusable images.
-    """
+def write_cs_particles(path: Path, particles: ParticleSet, table: EstimateTable, classes: Classes) -> None:
+    """The input .cs table with our alignments2D/* and svae/* fields; every other field to the byte."""
     if particles.cs is None:
         raise ValueError("particles of a STAR file have no .cs table")
-    columns = {label: values for label, (values, _) in _columns(table, class_number, "rln").items()}
+    columns = {label: values for label, (values, _) in _columns(table, classes, "rln").items()}
     ours = cs_fields(Noted(columns), particles.pixel_size_angst)
-    ours["alignments2D/class_posterior"] = table.usable.astype("<f4")
     write_cs(path, particles.cs.with_fields(ours).fields)
     if any(info.path.suffix != ".mrcs" for info in particles.stacks):
         log.warning(
@@ -97,7 +87,7 @@ def write_cs_particles(
 
 
 def write_latents(
-    path: Path, table: EstimateTable, class_number: NDArray[np.intp], attributes: Mapping[str, str]
+    path: Path, table: EstimateTable, classes: Classes, attributes: Mapping[str, str]
 ) -> None:
     """The estimates as HDF5 data sets, in input order, for notebooks."""
     arrays: dict[str, NDArray[Any]] = {
@@ -107,7 +97,8 @@ def write_latents(
         "psi_std_deg": table.psi_std_deg,
         "origin_angst": table.origin_angst,
         "origin_std_angst": table.origin_std_angst,
-        "class_number": class_number.astype(np.int32),
+        "class_number": classes.class_number.astype(np.int32),
+        "class_probability": classes.probability,
         "figure_of_merit": table.figure_of_merit,
         "log_likelihood": table.log_likelihood,
         "second_mode": table.second_mode,

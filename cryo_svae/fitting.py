@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from cryo_svae.config import (
     PreparationConfig,
     SourceConfig,
     TrainingConfig,
+    check,
 )
 from cryo_svae.errors import InputError, TrainingError
 from cryo_svae.estimation import EstimateTable
@@ -40,6 +42,8 @@ log = logging.getLogger(__name__)
 MAX_SHIFT_SHARE_OF_BOX = 0.1
 NO_SHIFT_ANGST = 1e-3  # a prior as good as fixed, for engines that need one
 CONTRAST_PARTICLES = 2000
+LEAST_LOWEST_PX = 12  # working pixels, of which origins are first sought at wavelengths of six and more
+MOST_HIGHEST_SHARE = 0.125  # of the box: then eight rings are compared
 
 
 def pick_device(name: str) -> torch.device:
@@ -113,7 +117,13 @@ def plan_training(settings: Mapping[str, Any], particles: ParticleSet, source: s
             resolved[name] = value
     if resolved["shift_std"] is None and of_model.engine != "steerable":
         resolved["shift_std"] = max(resolved["max_shift"] / 2, NO_SHIFT_ANGST)
-    lengths_angst = {"max_shift_px": resolved["max_shift"], "shift_std_px": resolved["shift_std"]}
+    _check_band(of_model, preparation)
+    lengths_angst = {
+        "max_shift_px": resolved["max_shift"],
+        "shift_std_px": resolved["shift_std"],
+        "lowest_resolution_px": resolved["lowest_resolution"],
+        "highest_resolution_px": resolved["highest_resolution"],
+    }
     lengths_px = {
         name: None if length is None else length / pixel_size_angst
         for name, length in lengths_angst.items()
@@ -124,6 +134,17 @@ def plan_training(settings: Mapping[str, Any], particles: ParticleSet, source: s
     )
     others = {name: value for name, value in settings.items() if name not in resolved}
     return Plan({**others, **resolved}, engine_config, preparation)
+
+
+def _check_band(of_model: ModelConfig, preparation: Preparation) -> None:
+    """Raises InputError where bounds of resolution leave too little to align by."""
+    size_angst = preparation.pixel_size_angst
+    highest = of_model.highest_resolution or 2 * size_angst
+    lowest = of_model.lowest_resolution or math.inf
+    least, most = LEAST_LOWEST_PX * size_angst, MOST_HIGHEST_SHARE * preparation.box_px * size_angst
+    check(highest <= most, "highest_resolution", highest, f"{most:.1f} Å or less, an eighth of the box")
+    for bound, why in ((least, "twelve working pixels"), (2 * highest, "twice the highest resolution")):
+        check(lowest >= bound, "lowest_resolution", lowest, f"{bound:.1f} Å or more, {why}")
 
 
 def _batch_size(defaults: TrainingDefaults, n_images: int, box_px: int, device: torch.device) -> int:

@@ -16,6 +16,7 @@ from cryo_svae.fitting import contrast_score
 from cryo_svae.formats.atomic import atomic_path
 from cryo_svae.images import ImageSource
 from cryo_svae.particles import read_source
+from cryo_svae.picks import close_picks
 from cryo_svae.preprocessing import plan_preparation, prepared_images
 from cryo_svae.report.png import sheet
 from cryo_svae.stages import CONTRAST_SIGNIFICANCE, describe
@@ -47,11 +48,15 @@ def inspect(path: Path, source: SourceConfig, config: PreparationConfig, png: Pa
     ]
     where = ", ".join(particles.place_of(row) for row in bad[:5])
     lines.append(f"junk images   {len(bad)} NaN or constant" + (f" ({where})" if bad else ""))
+    close = close_picks(particles, preparation.mask_diameter_angst)
+    if close is not None:
+        lines.append(f"close picks   {close}")
     pick = np.unique(np.linspace(0, len(particles) - 1, MONTAGE_PARTICLES).astype(np.intp))
     chosen = torch.cat([prepared for _, prepared, _ in prepared_images(images, pick, preparation)])
     title = f"{path.name}: {len(particles):,} particles, every {max(1, len(particles) // len(pick)):,}th"
     draw_montage(png, chosen, title)
-    lines += [f"warning       {each}" for each in doubts(particles)]
+    found = doubts(particles) + ([] if close is None else close.doubts())
+    lines += [f"warning       {each}" for each in found]
     size = preparation.pixel_size_angst
     lines += [f"warning       {each}" for each in ignored_aberrations(particles, size)]
     return [*lines, f"montage       {png}"]

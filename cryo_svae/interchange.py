@@ -7,7 +7,8 @@ ctf/df1_A, df2_A, df_angle_rad, phase_shift_rad: rlnDefocusU, V (Å), rlnDefocus
 ctf/scale, bfactor: rlnCtfScalefactor, rlnCtfBfactor (Å²)
 alignments2D/pose (rad), shift (px of psize_A): AnglePsi (°), OriginXAngst, OriginYAngst; same signs
 alignments3D/pose (rotation vector), shift, split from 0: rlnAngleRot, Tilt, Psi, origins, rlnRandomSubset
-alignments2D/class (beside a 3-D pose alone, alignments3D/class) from 0: rlnClassNumber from 1
+alignments2D/class (beside a 3-D pose alone, alignments3D/class) from 0: rlnClassNumber from 1; with
+    class_posterior: rlnMaxValueProbDistribution
 location/center_x_frac, center_y_frac of micrograph_shape (y, x): rlnCoordinateX, rlnCoordinateY (px)
 svae/z, z_std, …: svaeZ1, …, svaeZ1Std, …
 uid: ucsfUid, pyem's name for it
@@ -39,6 +40,7 @@ Convert = Callable[[Reals], Reals]
 UID = "ucsfUid"
 EULER = ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi")
 POSE_2D = ("rlnAnglePsi", "rlnOriginXAngst", "rlnOriginYAngst", "rlnOriginX", "rlnOriginY")
+CLASS_PROBABILITY = "rlnMaxValueProbDistribution"
 OPTICS = {
     "blob/psize_A": "rlnImagePixelSize",
     "ctf/accel_kv": "rlnVoltage",
@@ -236,6 +238,8 @@ def _alignments(table: CsTable, noted: Noted) -> Texts:
         number = noted.get(f"{space}/class") if there else None
         if number is not None:
             columns["rlnClassNumber"] = [str(int(k) + 1) for k in number.tolist()]
+            if noted.get(f"{space}/class_posterior") is not None:
+                columns[CLASS_PROBABILITY] = _texts(_flat(table, f"{space}/class_posterior"))
     return columns
 
 
@@ -301,6 +305,9 @@ def _pose_fields(columns: Noted, pixel_size_angst: Reals) -> dict[str, Column]:
     if number is not None and np.all((number >= 1) & (number == np.rint(number))):
         space = "alignments3D" if is_3d and not is_2d else "alignments2D"
         fields[f"{space}/class"] = (number - 1).astype("<u4")
+        probability = columns.get(CLASS_PROBABILITY)
+        if probability is not None:
+            fields[f"{space}/class_posterior"] = probability.astype("<f4")
     else:  # class 0, RELION's word for none, has no counterpart
         columns.asked.discard("rlnClassNumber")
     return fields

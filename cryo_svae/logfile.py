@@ -12,6 +12,7 @@ from cryo_svae.formats.atomic import atomic_path
 from cryo_svae.formats.mrc import read_images
 from cryo_svae.formats.results import read_arrays
 from cryo_svae.formats.star import read_star
+from cryo_svae.job_classes import NO_RESOLUTION_ANGST
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 A4_INCHES = (8.27, 11.69)
 MONTAGE_ROWS, MONTAGE_COLUMNS = 8, 6
-NO_RESOLUTION_ANGST = 999.0
 
 
 def write_logfile(folder: Path) -> None:

@@ -22,6 +22,7 @@ from cryo_svae.images import ImageSource
 from cryo_svae.job import Job
 from cryo_svae.montage import montage_poses
 from cryo_svae.particles import ParticleSet
+from cryo_svae.picks import close_picks
 from cryo_svae.preprocessing import prepared_images, working_ctf
 from cryo_svae.report import data as report
 
@@ -110,6 +111,7 @@ def gather(
         manifold=_manifold(checkpoint, table, device),
         examples=_examples(checkpoint, particles, table, device),
         learning=_learning(checkpoint),
+        close_picks=close_picks(particles, preparation.mask_diameter_angst),
         contrast_score=contrast_score,
         inverted=preparation.invert,
         ctf_used=checkpoint.use_ctf,

@@ -12,7 +12,7 @@ import operator
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,6 +23,7 @@ from cryo_svae.config import check, option
 from cryo_svae.errors import InputError, OutputError
 from cryo_svae.formats.cs import is_cs, read_cs, write_cs
 from cryo_svae.formats.star import StarBlock, StarFile, read_star, write_star
+from cryo_svae.job_classes import propose
 
 Reals = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -36,6 +37,7 @@ SHORT_NAMES = {
     "x": ("svaeOriginXAngst", "rlnOriginXAngst"),
     "y": ("svaeOriginYAngst", "rlnOriginYAngst"),
     "class_number": ("rlnClassNumber",),
+    "class_probability": ("rlnMaxValueProbDistribution",),
     "figure_of_merit": ("rlnParticleFigureOfMerit",),
     "log_likelihood": ("svaeLogLikelihood",),
 }
@@ -46,11 +48,16 @@ class SelectionConfig:
     """Which particles: those that every option given allows."""
 
     classes: str | None = option(None, "their classes, e.g. 1,4-7")
+    auto: bool = option(
+        False,
+        "the classes that size, figure of merit and resolution speak for; all are listed, with the reasons "
+        "for what is left out: noise is, but not what aligns well and is something else",
+    )
     where: str | None = option(
         None,
         "a condition, e.g. 'figure_of_merit > 0.4 and z1 > 0': any numeric column by its label, or z1, "
-        "z2, …, psi, psi_std (degrees), x, y (origin, Å), class_number, figure_of_merit, "
-        "log_likelihood, defocus (Å); with + - * / abs() and or not < <= == != >= >",
+        "z2, …, psi, psi_std (degrees), x, y (origin, Å), class_number, class_probability, "
+        "figure_of_merit, log_likelihood, defocus (Å); with + - * / abs() and or not < <= == != >= >",
     )
     particles: Path | None = option(
         None, "a text file of particle numbers, counted from 1, such as the report's lasso saves"
@@ -64,21 +71,50 @@ class SelectionConfig:
         "the one of the highest figure of merit",
     )
     invert: bool = option(False, "take all the others instead")
+    templates: Path | None = option(
+        None,
+        "also write the averages of the classes of --classes or --auto as templates for picking: this STAR "
+        "file, and the stack beside it",
+    )
 
     def __post_init__(self) -> None:
         if self.min_distance is not None:
             check(0 < self.min_distance < math.inf, "min_distance", self.min_distance, "pixels above 0")
-        if (self.classes, self.where, self.particles, self.top, self.min_distance) == (None,) * 5:
+        given = (self.classes, self.where, self.particles, self.top, self.min_distance)
+        if given == (None,) * 5 and not self.auto:
             raise InputError(
                 "the command line",
                 found="nothing to select by",
-                expected="--classes, --where, --particles, --min-distance or --top",
+                expected="--classes, --auto, --where, --particles, --min-distance or --top",
                 remedy="say which particles, e.g. --top 50%.",
             )
+        if self.auto and self.classes is not None:
+            raise InputError(
+                "--auto",
+                found=f"--classes {self.classes} with it",
+                expected="one of the two",
+                remedy="leave one out: --auto names the classes that it takes.",
+            )
+        if self.templates is not None and not self.auto and self.classes is None:
+            raise InputError(
+                "--templates",
+                found="no classes to make templates of",
+                expected="--classes or --auto with it",
+                remedy="name the classes.",
+            )
+
+
+def settle(job: Path, config: SelectionConfig) -> tuple[SelectionConfig, list[str]]:
+    """A selection with the classes that --auto stands for named, and lines that say which and why."""
+    if not config.auto:
+        return config, []
+    text, lines = propose(job)
+    return replace(config, auto=False, classes=text), lines
 
 
 def select(job: Path, out: Path, config: SelectionConfig) -> tuple[int, int]:
     """Writes the particles of a job that a selection allows; how many they are, and of how many."""
+    config, _ = settle(job, config)
     star, block = read_job_particles(job)
     rows = select_rows(block, config)
     if is_cs(out):
@@ -172,7 +208,11 @@ def _write_cs_selection(job: Path, block: StarBlock, out: Path, rows: NDArray[np
 def in_classes(block: StarBlock, text: str) -> Flags:
     """Particles (n,) of classes such as ``1,4-7``."""
     number = block.integers("rlnClassNumber")
-    most = int(number.max(initial=0))
+    return named_classes(text, int(number.max(initial=0)))[np.maximum(number, 0)]
+
+
+def named_classes(text: str, most: int) -> Flags:
+    """Which of the numbers 0 … most (``most`` + 1,) a list of classes such as ``1,4-7`` names."""
     wanted = np.zeros(most + 1, dtype=bool)
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part, re.ASCII)
@@ -185,7 +225,7 @@ def in_classes(block: StarBlock, text: str) -> Flags:
                 remedy="see classes.star or report.html for the classes there are.",
             )
         wanted[first : last + 1] = True
-    return wanted[np.maximum(number, 0)]
+    return wanted
 
 
 def listed(path: Path, n_particles: int) -> Flags:

@@ -35,6 +35,7 @@ from cryo_svae.formats.star import write_tables
 from cryo_svae.images import ImageSource
 from cryo_svae.job import CHECKPOINT, Job, digest, digest_of_stacks
 from cryo_svae.particles import UNDISTORTED, ParticleSet, read_source
+from cryo_svae.picks import close_picks
 from cryo_svae.preprocessing import Preparation
 from cryo_svae.report.page import write_report
 from cryo_svae.reporting import Findings, findings, gather
@@ -99,6 +100,15 @@ def _style(particles: ParticleSet) -> str:
     return "RELION 3.0, one block" if particles.is_relion30 else "RELION 3.1 or later"
 
 
+def say_close_picks(particles: ParticleSet, preparation: Preparation) -> None:
+    """How many particles may be picked twice, and where they are many a warning."""
+    close = close_picks(particles, preparation.mask_diameter_angst)
+    if close is not None:
+        log.info("close picks   %s", close)
+        for line in close.doubts():
+            log.warning("%s: %s", particles.star.path, line)
+
+
 def train(job: Job, particles: ParticleSet, plan: Plan) -> Checkpoint:
     """Trains a model on a particle set, from the job's checkpoint where there is one."""
     job.write_config(plan.settings)
@@ -106,6 +116,7 @@ def train(job: Job, particles: ParticleSet, plan: Plan) -> Checkpoint:
         log.info("%-19s %s", name, value)
     for line in ignored_aberrations(particles, plan.preparation.pixel_size_angst):
         log.warning(line)
+    say_close_picks(particles, plan.preparation)
     device = pick_device(plan.settings["device"])
     with job.timed("contrast"):
         check_contrast(ImageSource(particles), plan.preparation, device)
@@ -202,6 +213,8 @@ def write_estimates(
         score = contrast_score(source, checkpoint.preparation, device)
         page = gather(job, particles, checkpoint, found, settings, score, device)
         write_report(job.path("report.html"), page)
+    if len(classes.centre) < n_classes:
+        log.info("%d classes asked for: z is not known well enough to tell so many apart", n_classes)
     log.info(
         "%d classes of %d particles; open %s",
         len(classes.centre),
@@ -234,12 +247,11 @@ def _write_files(
         "particles": str(particles.star.path),
         "config": "\n".join(f"{name}: {value}" for name, value in settings.items()),
     }
-    export.write_latents(job.path("latents.h5"), table, classes.class_number, attributes)
-    export.write_particles(
-        job.path("particles.star"), particles, table, classes.class_number, settings["overwrite_pose"]
-    )
+    export.write_latents(job.path("latents.h5"), table, classes, attributes)
+    path = job.path("particles.star")
+    export.write_particles(path, particles, table, classes, settings["overwrite_pose"])
     if particles.cs is not None:
-        export.write_cs_particles(job.path("particles.cs"), particles, table, classes.class_number)
+        export.write_cs_particles(job.path("particles.cs"), particles, table, classes)
     star, block = read_job_particles(job.folder)
     write_class2d(
         job.path("Class2D"),
@@ -306,6 +318,7 @@ def estimate_only(job: Job, settings: Mapping[str, Any], source: str) -> None:
     checkpoint = load_checkpoint(Path(settings["model"]))
     particles = load_particles(job, settings, source)
     check_fits(particles, checkpoint)
+    say_close_picks(particles, checkpoint.preparation)
     of_compute = config.build(ComputeConfig, settings, source)
     of_output = config.build(OutputConfig, settings, source)
     resolved = {**settings, **config.as_settings(of_compute, of_output)}

@@ -22,6 +22,7 @@ SHAPED = (
     "class_averages",
     "montage",
     "store",
+    "templates",
     "training",
 )
 install_import_hook([f"cryo_svae.{name}" for name in SHAPED], "beartype.beartype")
@@ -31,6 +32,7 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels for a GPU run on numpy; read when Triton is imported
 
+from cryo_svae.averages import Classes  # noqa: E402
 from cryo_svae.formats.mrc import write_stack  # noqa: E402
 from cryo_svae.formats.star import write_tables  # noqa: E402
 
@@ -84,6 +86,12 @@ def optics_columns(n_groups: int = 1, **changes: list[str]) -> dict[str, list[st
         "rlnAmplitudeContrast": ["0.07"] * n_groups,
     }
     return {**columns, **changes}
+
+
+def classes_of(number: np.ndarray) -> Classes:
+    """Classes of z at 0, 1, … whose members are sure of theirs; ``number`` is 1-based."""
+    counts = np.bincount(number)[1:]
+    return Classes(np.arange(float(len(counts)))[:, None], number, np.ones(len(number)), counts)
 
 
 def image_names(n: int, stack: str = "stack.mrcs") -> list[str]:

@@ -16,7 +16,7 @@ def table(z: np.ndarray, usable: np.ndarray | None = None) -> EstimateTable:
     n = len(z)
     ones, pairs = np.ones(n), np.zeros((n, 2))
     usable = np.ones(n, dtype=bool) if usable is None else usable
-    return EstimateTable(z, np.ones_like(z), ones, ones, pairs, ones, ones, ones, ones, usable)
+    return EstimateTable(z, np.full_like(z, 0.1), ones, ones, pairs, ones, ones, ones, ones, usable)
 
 
 def blobs(*sizes: int) -> np.ndarray:

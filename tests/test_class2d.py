@@ -20,6 +20,7 @@ from cryo_svae.formats.star import read_star, write_star, write_tables
 from cryo_svae.particles import read_particles
 from cryo_svae.selection import read_job_particles
 from cryo_svae.simulate import SimulateConfig, simulate, write_simulated
+from tests.conftest import classes_of
 
 N, BOX, SIZE, K = 60, 32, 4.0, 3
 
@@ -60,11 +61,11 @@ def project(tmp_path, monkeypatch):
         origin_angst=simulated.origin_px.double().numpy() * SIZE,
         log_likelihood=np.full(N, -100.0),
     )
-    number = np.repeat([1, 2, 3], [30, 20, 10])
+    classes = classes_of(np.repeat([1, 2, 3], [30, 20, 10]))
     job = tmp_path / "External" / "job001"
     job.mkdir(parents=True)
     export.write_particles(
-        job / "particles.star", read_particles(tmp_path / "particles.star"), table, number, False
+        job / "particles.star", read_particles(tmp_path / "particles.star"), table, classes, False
     )
     images = geometry.align_images(simulated.images, simulated.psi_rad, simulated.origin_px).numpy()
     write(job, table, averages_of(images))

@@ -16,7 +16,7 @@ import yaml
 from cryo_svae import stages
 from cryo_svae.cli import main
 from cryo_svae.formats.atomic import is_leftover
-from cryo_svae.formats.mrc import read_images
+from cryo_svae.formats.mrc import read_images, read_stack_info
 from cryo_svae.formats.star import read_star, write_tables
 from tests.conftest import image_names, optics_columns
 
@@ -38,6 +38,7 @@ OURS = {
     "rlnOriginXAngst",
     "rlnOriginYAngst",
     "rlnClassNumber",
+    "rlnMaxValueProbDistribution",
     "rlnParticleFigureOfMerit",
     "svaeZ1",
     "svaeZ2",
@@ -68,10 +69,12 @@ def test_a_whole_job(make_dataset, tmp_path):
         np.testing.assert_allclose(file["z"][:, 1], block.numbers("svaeZ2"), rtol=1e-6)
         np.testing.assert_allclose(file["origin_angst"][:, 0], block.numbers("rlnOriginXAngst"), atol=1e-5)
         assert "degrees" in file.attrs["units"]
-    with mrcfile.open(job / "decoded.mrcs") as mrc:
+    with mrcfile.open(job / "traversal_z1.mrcs") as mrc:
         assert mrc.is_image_stack()
         assert float(mrc.voxel_size.x) == pytest.approx(2.5)
-        assert len(mrc.data) == len(set(block.text("rlnClassNumber")))
+    decoded = read_stack_info(job / "decoded.mrcs")
+    assert decoded.n_images == len(set(block.text("rlnClassNumber")))
+    assert decoded.voxel_size_angst == pytest.approx(2.5)
     assert read_images(job / "traversal_z2.mrcs", np.arange(11)).shape == (11, 16, 16)
     record = json.loads((job / "run.json").read_text())
     assert record["seed"] == 3
@@ -354,11 +357,12 @@ def test_a_selection_of_a_job_is_a_particle_file(make_dataset, tmp_path, capsys)
 
 def test_averages_stand_beside_the_decoded_classes(make_dataset, tmp_path):
     assert run(make_dataset(30), tmp_path / "job", "--classes", "2") == 0
+    classes = read_star(tmp_path / "job" / "classes.star").block("classes")
     decoded, averaged = (
-        read_images(tmp_path / "job" / f"{name}.mrcs", np.arange(2)) for name in ("decoded", "classes")
+        read_images(tmp_path / "job" / f"{name}.mrcs", np.arange(classes.n_rows))
+        for name in ("decoded", "classes")
     )
     assert decoded.shape == averaged.shape
-    classes = read_star(tmp_path / "job" / "classes.star").block("classes")
     assert classes.integers("svaeNrParticles").sum() == 30
     assert classes.numbers("svaeMontageAnglePsi")[0] == 0
     assert (tmp_path / "job" / "Class2D" / "run_it025_model.star").exists()

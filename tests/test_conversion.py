@@ -110,7 +110,6 @@ def test_cs_to_star_and_back_gives_the_same_bits(tmp_path, poses, capsys, monkey
         "blob/import_sig",
         "ctf/type",
         "ctf/scale",
-        "alignments2D/class_posterior",
         "alignments3D/class",
     }
 

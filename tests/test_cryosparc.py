@@ -71,8 +71,11 @@ def test_the_cs_of_a_job_holds_the_input_to_the_byte_and_our_fields(make_cs, tmp
         assert np.array_equal(after["svae/z"], file["z"])
         assert np.array_equal(after["svae/z_std"], file["z_std"])
         np.testing.assert_allclose(after["svae/log_likelihood"], file["log_likelihood"])
-    assert after["alignments2D/class_posterior"].tolist() == [1.0] * 5
+        probability = file["class_probability"][()]
+    assert np.array_equal(after["alignments2D/class_posterior"], probability.astype("<f4"))
+    assert ((probability >= 0.5) & (probability <= 1)).all()  # of two classes
     star = read_star(job / "particles.star").block("particles")
+    np.testing.assert_allclose(star.numbers("rlnMaxValueProbDistribution"), probability, atol=1e-6)
     assert star.integers("rlnClassNumber").tolist() == (after["alignments2D/class"] + 1).tolist()
     assert star.text("ucsfUid") == [str(uid) for uid in before["uid"].tolist()]
 

@@ -64,7 +64,6 @@ def test_what_both_hold_comes_back_to_the_bit(tmp_path, poses):
         name
         for name in fields
         if name in ("blob/sign", "blob/import_sig", "ctf/type")
-        or name == "alignments2D/class_posterior"
         or (name == "alignments3D/class" and "alignments2D/pose" in fields)
     ]
     columns = numbers(block)

@@ -31,9 +31,13 @@ def table(n: int) -> CtfTable:
     return CtfTable(**{name: torch.full((n,), value) for name, value in values.items()})
 
 
-def made(name: str, *, ctf: bool, shift_px: float = 2.0) -> tuple:
+BOUNDS = {"lowest_resolution_px": 12.0, "highest_resolution_px": 2.5}
+
+
+def made(name: str, *, ctf: bool, shift_px: float = 2.0, **bounds: float) -> tuple:
     """A real engine, started on real images, and its store; still on the CPU."""
     changes = {"max_shift_px": shift_px} if name == "steerable" else {"hidden": 8, "encoder_hidden": 8}
+    changes |= bounds
     engine = ENGINES[name][0](BOX, 2, dataclasses.replace(ENGINES[name][1](), **changes))
     image = engine.represent(torch.randn(N, BOX, BOX))
     store = TrainingStore(image, table(N) if ctf else None, np.arange(N))
@@ -80,8 +84,9 @@ def test_training_and_the_held_out_bound(unrecorded, name, ctf, shift_px):
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_representation_and_decoding(name):
-    engine, store = made(name, ctf=False)
+@pytest.mark.parametrize("bounds", [{}, BOUNDS])
+def test_representation_and_decoding(name, bounds):
+    engine, store = made(name, ctf=False, **bounds)
     with fake_gpu() as gpu:
         engine, _ = moved(gpu, engine, store)
         assert engine.represent(gpu.tensor(3, BOX, BOX)).device == GPU
@@ -103,8 +108,9 @@ def test_a_wait_and_a_mixed_device_are_seen():
 @pytest.mark.parametrize("name", ENGINES)
 @pytest.mark.parametrize("ctf", [False, True])
 @pytest.mark.parametrize("shift_px", [0.0, 2.0])
-def test_estimation(name, ctf, shift_px):
-    engine, store = made(name, ctf=ctf, shift_px=shift_px)
+@pytest.mark.parametrize("bounds", [{}, BOUNDS])
+def test_estimation(name, ctf, shift_px, bounds):
+    engine, store = made(name, ctf=ctf, shift_px=shift_px, **bounds)
     with fake_gpu() as gpu:
         engine, store = moved(gpu, engine, store)
         batch = store.batch_of(gpu.tensor(5, dtype=torch.long))

@@ -17,7 +17,7 @@ from cryo_svae.formats.mrc import read_images, read_stack_info, write_stack
 from cryo_svae.formats.star import read_star, write_star, write_tables
 from cryo_svae.particles import read_particles
 from cryo_svae.simulate import SimulateConfig, render, simulate, write_simulated
-from tests.conftest import optics_columns
+from tests.conftest import classes_of, optics_columns
 
 QUICK = [
     "--engine",
@@ -63,7 +63,7 @@ def test_relion_aligns_what_we_export_and_our_alignment_agrees(relion, tmp_path,
     particles = read_particles(star)
     psi_deg = geometry.degrees(psi).double().numpy()
     origin_angst = size_angst * origin.double().numpy()
-    ones = np.ones(n, dtype=np.intp)
+    ones = classes_of(np.ones(n, dtype=np.intp))
     export.write_particles(
         tmp_path / "posed.star", particles, table_of_truth(psi_deg, origin_angst), ones, False
     )
@@ -161,7 +161,9 @@ def test_angles_turn_the_way_relion_turns(relion, tmp_path):
     write_tables(tmp_path / "p.star", {"optics": optics_columns(), "particles": columns})
     particles = read_particles(tmp_path / "p.star")
     truth = table_of_truth(np.array([90.0]), np.array([[2.5, 0.0]]))
-    export.write_particles(tmp_path / "posed.star", particles, truth, np.ones(1, dtype=np.intp), False)
+    export.write_particles(
+        tmp_path / "posed.star", particles, truth, classes_of(np.ones(1, dtype=np.intp)), False
+    )
     relion(
         "relion_stack_create", "--i", "posed.star", "--o", "aligned", "--apply_transformation", cwd=tmp_path
     )

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cryo_svae.cli import main
 from cryo_svae.errors import InputError, OutputError
 from cryo_svae.formats.star import read_star, write_tables
 from cryo_svae.selection import SelectionConfig, fulfils, names_of, read_job_particles, select, select_rows
@@ -369,3 +370,61 @@ def test_duplicates_need_micrographs_and_places(block):
         rows(block, min_distance=10.0)
     with pytest.raises(InputError, match="--min-distance"):
         SelectionConfig(min_distance=0.0)
+
+
+@pytest.fixture
+def classified(tmp_path):
+    """A job of five classes: two good ones, one of noise, one blurred, one tiny."""
+    size, merit = [60, 50, 40, 30, 10], ["0.9", "1.1", "-0.004", "1.0", "1.0"]
+    angst = ["15.0", "16.0", "60.0", "40.0", "16.0"]
+    number = np.repeat([1, 2, 3, 4, 5], size)
+    particles = {
+        "rlnImageName": image_names(len(number)),
+        "rlnOpticsGroup": ["1"] * len(number),
+        "rlnClassNumber": [str(each) for each in number],
+        "rlnParticleFigureOfMerit": [merit[each - 1] for each in number],
+    }
+    write_tables(tmp_path / "particles.star", {"optics": optics_columns(), "particles": particles})
+    classes = {
+        "rlnEstimatedResolution": angst,
+        "svaeResolution05Angst": angst,
+        "svaeNrParticles": [str(each) for each in size],
+        "svaeMeanFigureOfMerit": merit,
+    }
+    write_tables(tmp_path / "classes.star", {"classes": classes})
+    return tmp_path
+
+
+def test_auto_takes_the_good_classes_and_says_which_and_why(classified, capsys):
+    out = classified / "good.star"
+    assert main(["select", str(classified), "--auto", "--out", str(out)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "--auto takes the classes 1-2; look at them in report.html" in said[5]
+    assert said[0].endswith("15.0 Å  taken")
+    assert "left out: merit 0.00, below half of 1.10" in said[2]
+    assert "left out: 40.0 Å at an FRC of 0.5, above 1.5 times" in said[3]
+    assert "left out: 10 particles, fewer than 20" in said[4]
+    assert said[6] == f"110 of 190 particles in {out}"
+    assert set(read_star(out).block("particles").integers("rlnClassNumber")) == {1, 2}
+
+
+def test_auto_is_one_condition_of_several(classified):
+    assert select(classified, classified / "a.star", SelectionConfig(auto=True, invert=True)) == (80, 190)
+    of_two = SelectionConfig(auto=True, where="class_number == 2")
+    assert select(classified, classified / "b.star", of_two) == (50, 190)
+
+
+def test_where_no_class_is_good_auto_takes_none(classified, tmp_path, capsys):
+    classes = read_star(classified / "classes.star").block("classes")
+    columns = {label: list(classes.text(label)) for label in classes.labels}
+    write_tables(
+        classified / "classes.star", {"classes": {**columns, "svaeResolution05Angst": ["999.0"] * 5}}
+    )
+    assert main(["select", str(classified), "--auto", "--out", str(tmp_path / "none.star")]) == 2
+    said = capsys.readouterr().err
+    assert "no resolution at an FRC of 0.5" in said
+    assert "name classes by --classes" in said
+    assert not (tmp_path / "none.star").exists()
+    (classified / "classes.star").unlink()
+    assert main(["select", str(classified), "--auto", "--out", str(tmp_path / "none.star")]) == 2
+    assert "no classes.star" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from cryo_svae import distributed, geometry
 from cryo_svae.config import check, derived, option
 from cryo_svae.ctf import ctf_2d
 from cryo_svae.errors import InputError
+from cryo_svae.models.band import band_2d, share_of_plane
 from cryo_svae.models.coordinate_generator import CoordinateGenerator, mlp
 from cryo_svae.models.divergences import kl_normal
 from cryo_svae.models.engine import (
@@ -58,6 +59,8 @@ class CoordinateConfig:
     )
     shift_std_px: float = derived(2.0, "standard deviation of the shift's prior in pixels")
     mask_radius_px: float = derived(math.inf, "radius of the circle of pixels modelled")
+    lowest_resolution_px: float | None = derived(None, "longest wavelength compared, in pixels")
+    highest_resolution_px: float | None = derived(None, "shortest wavelength compared, in pixels")
     channels: int = derived(1, "channels of the images; cryo-EM has one")
 
     def __post_init__(self) -> None:
@@ -69,6 +72,13 @@ class CoordinateConfig:
         check(self.pose_candidates >= 1, "pose_candidates", self.pose_candidates, "1 or more")
         check(self.shift_std_px > 0, "shift_std_px", self.shift_std_px, "pixels above 0")
         check(self.channels in (1, 3), "channels", self.channels, "1 or 3")
+        pixels_ok = not self.is_banded or self.pixels != "bernoulli"
+        check(pixels_ok, "pixels", self.pixels, "Gaussian pixels where resolutions are bounded")
+
+    @property
+    def is_banded(self) -> bool:
+        """Whether images are compared within bounds of resolution."""
+        return self.lowest_resolution_px is not None or self.highest_resolution_px is not None
 
 
 class Latents(NamedTuple):
@@ -79,7 +89,10 @@ class Latents(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """Images, the same with phases flipped where their CTF is negative, and the CTF where there is one."""
+    """Images, the same with phases flipped where their CTF is negative, and the CTF where there is one.
+
+    The CTF ends at the bounds of resolution; where these alone are there, it is 1 between them.
+    """
 
     image: Float[Tensor, "b c n n"]
     flipped: Float[Tensor, "b c n n"]
@@ -91,7 +104,9 @@ class CoordinateEngine(Engine):
 
     Images (b, N, N), or (b, channels, N, N), are kept as they are. Without a CTF the pixels within
     the mask are modelled; with one the generator fills the mask, its image is multiplied by the
-    CTF in Fourier space, and the pixels within the mask are compared.
+    CTF in Fourier space, and the pixels within the mask are compared. Bounds of resolution are a CTF
+    of 0 beyond them, by which the images are multiplied too; then pixels are not independent, and
+    their likelihood counts by the share of the frequencies that are left.
     """
 
     training_defaults: ClassVar[TrainingDefaults] = TrainingDefaults(
@@ -105,6 +120,7 @@ class CoordinateEngine(Engine):
     )
     largest_box_px: ClassVar[int] = 64
 
+    band: Tensor
     inside: Tensor
     coordinates_px: Tensor
     unit: Tensor
@@ -118,6 +134,9 @@ class CoordinateEngine(Engine):
         self.config = config
         self.kl_weight = 1.0
         self.z_active = True
+        band = band_2d(box_px, config.lowest_resolution_px, config.highest_resolution_px)
+        self.register_buffer("band", band, persistent=False)
+        self.share = share_of_plane(band)
         grid = geometry.pixel_grid(box_px).reshape(-1, 2)
         inside = torch.nonzero(grid.norm(dim=-1) <= config.mask_radius_px)[:, 0]
         self.register_buffer("inside", inside, persistent=False)
@@ -158,8 +177,9 @@ class CoordinateEngine(Engine):
         return output
 
     def represent(self, images: Float[Tensor, "b *c n n"]) -> Float[Tensor, "b c n n"]:
-        """Images with a channel axis."""
-        return images.reshape(len(images), self.config.channels, self.box_px, self.box_px)
+        """Images with a channel axis, within the bounds of resolution."""
+        kept = images.reshape(len(images), self.config.channels, self.box_px, self.box_px)
+        return self._within_band(kept)
 
     def start(self, batches: Iterator[Batch], n_particles: int) -> None:
         """Starts the learned standard deviation at the data's; checks Bernoulli data."""
@@ -220,11 +240,17 @@ class CoordinateEngine(Engine):
         filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(images) * ctf[:, None], s=box)
         return filtered
 
+    def _within_band(self, images: Float[Tensor, "b c n n"]) -> Float[Tensor, "b c n n"]:
+        if not self.config.is_banded:
+            return images
+        return self._filter(images, self.band.expand(len(images), -1, -1))
+
     def _seen(self, batch: Batch) -> _Seen:
         """A batch with its CTF, which is worked out once however often it is used."""
         if batch.ctf is None:
-            return _Seen(batch.image, batch.image, None)
-        ctf = ctf_2d(batch.ctf, self.box_px)
+            band = self.band.expand(len(batch), -1, -1) if self.config.is_banded else None
+            return _Seen(batch.image, batch.image, band)
+        ctf = ctf_2d(batch.ctf, self.box_px) * self.band
         return _Seen(batch.image, self._filter(batch.image, torch.sign(ctf)), ctf)
 
     def encode(self, images: Float[Tensor, "b c n n"]) -> Latents:
@@ -256,7 +282,7 @@ class CoordinateEngine(Engine):
 
     def _log_likelihood(self, seen: _Seen, z: Tensor, psi_rad: Tensor, origin_px: Tensor) -> Tensor:
         mean, log_std = self._expected(z, psi_rad, origin_px, seen.ctf)
-        return self.pixels.log_prob(mean, log_std, self._inside(seen.image)).sum((1, 2))
+        return self.share * self.pixels.log_prob(mean, log_std, self._inside(seen.image)).sum((1, 2))
 
     def _encode_turned(self, images: Float[Tensor, "b c n n"], turn: Float[Tensor, "b"] | None) -> Latents:
         """The encoder's word on images turned by ``turn`` (rad), the turn taken off its pose.
@@ -341,7 +367,7 @@ class CoordinateEngine(Engine):
         mean, log_std = self._expected(z, psi, origin, seen.ctf)
         data = self._inside(seen.image)
         kl_z, kl_pose = self._kl(latents)
-        bound = self.pixels.log_prob(mean, log_std, data).sum((1, 2)) - kl_z - kl_pose
+        bound = self.share * self.pixels.log_prob(mean, log_std, data).sum((1, 2)) - kl_z - kl_pose
         expected = self.pixels.expectation(mean).flatten(1)
         a = expected - expected.mean(1, keepdim=True)
         b = data.flatten(1) - data.flatten(1).mean(1, keepdim=True)
@@ -359,8 +385,11 @@ class CoordinateEngine(Engine):
         )
 
     def decode(self, z: Float[Tensor, "k d"]) -> Float[Tensor, "k *c n n"]:
-        """Expected images at pose zero, without CTF; 0 outside the mask; (k, 3, N, N) for RGB."""
+        """Expected images at pose zero, without CTF, within the bounds of resolution; (k, 3, N, N) for RGB.
+
+        0 outside the mask, where there are no such bounds.
+        """
         zero = z.new_zeros(len(z), 2)
         mean, _ = self.pixels.split(self.generate(z, zero[:, 0], zero))
-        images = self._image(self.pixels.expectation(mean))
+        images = self._within_band(self._image(self.pixels.expectation(mean)))
         return images[:, 0] if self.config.channels == 1 else images

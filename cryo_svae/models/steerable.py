@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from cryo_svae import distributed
 from cryo_svae.config import check, derived
 from cryo_svae.ctf import ctf_at
+from cryo_svae.models.band import is_within
 from cryo_svae.models.engine import (
     Batch,
     ElboTerms,
@@ -63,6 +64,8 @@ class SteerableConfig:
     max_shift_px: float = derived(4.0, "largest origin searched, in pixels; 0 for centred particles")
     shift_std_px: float | None = derived(None, "standard deviation of origins in pixels; learned if None")
     mask_radius_px: float = derived(math.inf, "radius of the soft disc that holds the particle, in pixels")
+    lowest_resolution_px: float | None = derived(None, "longest wavelength compared, in pixels")
+    highest_resolution_px: float | None = derived(None, "shortest wavelength compared, in pixels")
     schedule: ClassVar[str] = "one-cycle"
 
     def __post_init__(self) -> None:
@@ -81,6 +84,7 @@ class SteerableEngine(Engine):
     shift_variance: of each component of the origin, px².
     signal_energy:  running average of <h² c / sigma², c>, the log evidence scale of a particle.
     origin_px:      current origin of each training particle (n, 2).
+    compared:       1 for rings within the bounds of resolution (r,), 0 for the others.
     level:          coefficients of the soft disc itself (2, p); the imaginary ones are 0.
     mean_level:     of the training images, in units of the disc.
     noise_dof:      how many independent numbers white noise has on each ring (r,), the level taken off.
@@ -101,6 +105,7 @@ class SteerableEngine(Engine):
     largest_box_px: ClassVar[int] = 128
     tables: ClassVar[tuple[str, ...]] = ("origin_px",)
 
+    compared: Tensor
     level: Tensor
     mean_level: Tensor
     noise_dof: Tensor
@@ -121,7 +126,13 @@ class SteerableEngine(Engine):
         self.mask_radius_px = min(config.mask_radius_px, box_px / 2)
         self.full = PolarTransform(box_px, self.mask_radius_px, config.max_shift_px)
         self.polar = self.full
-        disc = self.full(torch.ones(1, box_px, box_px))[0, 0] * (self.full.order == 0)
+        bounds = (config.lowest_resolution_px, config.highest_resolution_px)
+        compared = is_within(torch.arange(self.full.n_rings) / box_px, *bounds)
+        self.register_buffer("compared", compared, persistent=False)
+        n_compared = int(compared.sum())
+        self.most_rings = 1 + int(compared.nonzero().max())
+        self.first_rings = self.most_rings - n_compared + math.ceil(FIRST_RINGS * n_compared)
+        disc = self.represent(torch.ones(1, box_px, box_px))[0, 0] * (self.full.order == 0)
         self.register_buffer("level", torch.stack([disc, torch.zeros_like(disc)]), persistent=False)
         self.register_buffer("mean_level", torch.tensor(0.0))
         taken = torch.zeros(self.full.n_rings).index_add_(0, self.full.ring, disc.square())
@@ -151,8 +162,8 @@ class SteerableEngine(Engine):
         self._look_as_far_as(int(self.n_rings))
 
     def represent(self, images: Float[Tensor, "b n n"]) -> Float[Tensor, "b 2 p"]:
-        """Packed angular coefficients of prepared images."""
-        return self.full.forward(images)
+        """Packed angular coefficients of prepared images; 0 on rings that are not compared."""
+        return self.full.forward(images) * self.compared[self.full.ring]
 
     def start(self, batches: Iterator[Batch], n_particles: int) -> None:
         """Noise from the rings' power, scale and mean of the generator from the data, all origins 0."""
@@ -199,7 +210,7 @@ class SteerableEngine(Engine):
         self.generator.mean.copy_(mean)
         self.generator.start_prior(self.noise)
         self.origin_px = self.origin_px.new_zeros(n_particles, 2)
-        self._look_as_far_as(math.ceil(FIRST_RINGS * polar.n_rings))
+        self._look_as_far_as(self.first_rings)
 
     def begin_epoch(self, epoch: int, n_epochs: int) -> None:
         """KL weight, step of the origin search from the prior's width down to ``FINEST_STEP_PX``, rings."""
@@ -218,7 +229,7 @@ class SteerableEngine(Engine):
         """Looks ``MARGIN`` rings beyond the last whose signal a group of particles would show."""
         enough = self.signal_power > GROUPS / max(1, len(self.origin_px)) * self.noise_variance
         last = int(enough.nonzero().max()) if bool(enough.any()) else 0
-        wanted = min(last + 1 + MARGIN, self.full.n_rings)
+        wanted = min(last + 1 + MARGIN, self.most_rings)
         if wanted > self.polar.n_rings:
             self._look_as_far_as(wanted)
 
@@ -406,7 +417,7 @@ class SteerableEngine(Engine):
         """Log likelihood of each image as noise alone, nats."""
         variance = self.noise_variance
         whitened = self._seen(batch, self.full).square() / variance[self.full.ring]
-        constant = (self.noise_dof * torch.log(2.0 * math.pi * variance)).sum()
+        constant = (self.compared * self.noise_dof * torch.log(2.0 * math.pi * variance)).sum()
         return -0.5 * whitened.sum((1, 2)) - 0.5 * constant
 
     # -- what is learned without gradients ---------------------------------------------------

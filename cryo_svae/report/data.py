@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cryo_svae.picks import ClosePicks
+from cryo_svae.proposal import objections
+
 Reals = NDArray[np.floating[Any]]
 Integers = NDArray[np.integer[Any]]
 
@@ -85,6 +88,7 @@ class ReportData:
     title, particles_file, program: names to show; any text is safe.
     job:               the job folder as the user would type it, for the commands shown.
     decoded:           (k, m, m) the generator's images at the class centres.
+    close_picks:       particles that lie close to another in their micrograph, where places are known.
     contrast_score:    standard errors by which the middle of particles is brighter than the rest.
     inverted:          --invert was given.
     ctf_used:          the model has the CTF in it.
@@ -120,6 +124,7 @@ class ReportData:
     examples: Examples | None = None
     learning: LearningCurve | None = None
 
+    close_picks: ClosePicks | None = None
     contrast_score: float | None = None
     inverted: bool = False
     ctf_used: bool = False
@@ -155,3 +160,10 @@ class ReportData:
         total = np.bincount(self.class_number[self.usable] - 1, weights=weight, minlength=self.n_classes)
         sizes = self.class_sizes
         return np.where(sizes > 0, total / np.maximum(sizes, 1), np.nan)
+
+    @cached_property
+    def class_objections(self) -> list[str]:
+        """Why each class had better be left out, empty for those worth keeping; [] without averages."""
+        if self.averages is None:
+            return []
+        return objections(self.class_sizes, self.class_merits, self.averages.resolution_05_angst)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryo_svae.formats.atomic import atomic_path
+from cryo_svae.proposal import ranges
 from cryo_svae.report import charts, plots, warnings
 from cryo_svae.report.data import ReportData, Traversal
 from cryo_svae.report.png import LARGEST_SIDE_PX, data_uri, sheet, shrink, smooth, to_grey
@@ -117,6 +118,7 @@ def list_warnings(data: ReportData, r2: dict[str, Reals]) -> list[str]:
     found = warnings.no_signal(data.z[good], data.z_std[good], data.figure_of_merit[good])
     found += warnings.wrong_contrast(data.contrast_score, data.inverted)
     found += warnings.unusable_images(good)
+    found += [] if data.close_picks is None else data.close_picks.doubts()
     found += warnings.ctf_missing(data.ctf_used, data.defocus_angst is not None)
     if data.pose_found:
         origins = data.origin_angst[good]
@@ -150,6 +152,7 @@ def _warnings(found: list[str], data: ReportData) -> str:
     if not found:
         checked = ["signal", "images", "CTF", "class sizes"]
         checked += [] if data.contrast_score is None else ["contrast"]
+        checked += [] if data.close_picks is None else ["picks"]
         checked += ["shifts", "in-plane angles", "what z follows"] if data.pose_found else []
         return f'<aside class="fine"><h2>No warnings</h2><p>Checked: {", ".join(checked)}.</p></aside>'
     items = "".join(f"<li>{escape(text)}</li>" for text in found)
@@ -180,9 +183,28 @@ def _classes(data: ReportData, colours: list[str]) -> str:
         f"<p>{intro}Each image has its own grey scale. Tick classes to get the command that keeps them. "
         "The pictures are turned and moved to one another, to be compared; the files keep the frame that "
         "the particles’ psi and origins belong to (classes.star holds the turns).</p>"
-        f'<div class="cards{"" if averages is None else " pairs"}">{"".join(cards)}</div>'
+        f'{_proposal(data)}<div class="cards{"" if averages is None else " pairs"}">{"".join(cards)}</div>'
         f'<p class="command" id="keep" data-command="{escape(command)}" hidden>'
         "<span></span> <code></code></p>"
+    )
+
+
+def _proposal(data: ReportData) -> str:
+    """The classes that select --auto would take, and a button that ticks them."""
+    if not data.class_objections:
+        return ""
+    good = [number for number, why in enumerate(data.class_objections, start=1) if not why]
+    command = f"cryo-svae select {shlex.quote(data.job)} --auto"
+    if not good:
+        return (
+            "<p>No class is proposed: each card says what speaks against it "
+            f"(so <code>{escape(command)}</code> takes none).</p>"
+        )
+    return (
+        f"<p>Proposed by size, figure of merit and resolution: {ranges(good).replace('-', '–')} "
+        f"(what <code>{escape(command)}</code> takes). The others’ cards say what speaks against them. A "
+        "contaminant that aligns well is not told from a particle: look. "
+        '<button id="propose">Tick those proposed</button></p>'
     )
 
 
@@ -197,12 +219,14 @@ def _class_card(data: ReportData, k: int, pictures: str, colour: str) -> str:
         title = f"{plots.angst_text(resolution)} at 0.143, {plots.angst_text(half)} at 0.5"
         detail = f'<strong title="{title}">{plots.angst_text(resolution)}</strong> {detail}'
         spark = charts.sparkline(data.averages.frc[k], colour, 0.143)
+    objection = data.class_objections[k] if data.class_objections else ""
+    against = f'<span class="against">not proposed: {escape(objection)}</span>' if objection else ""
     return (
         f'<label class="card" data-class="{k + 1}" data-size="{size}">'
         f'<span class="pictures">{pictures}</span>'
         f'<span class="line"><input type="checkbox" aria-label="keep class {k + 1}">'
         f'<b style="color:{colour}">{k + 1}</b> {lines}</span>'
-        f'<span class="line">{detail}</span>{spark}</label>'
+        f'<span class="line">{detail}</span>{spark}{against}</label>'
     )
 
 

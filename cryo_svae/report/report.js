@@ -388,6 +388,10 @@
       `${kept.length} class${kept.length === 1 ? "" : "es"}, ${thousands(size)} particles:`;
     keep.querySelector("code").textContent = keep.dataset.command + ranges(kept.map((card) => +card.dataset.class));
   });
+  by("propose")?.addEventListener("click", () => {
+    for (const card of cards) card.querySelector("input").checked = !card.querySelector(".against");
+    cards[0].dispatchEvent(new Event("change", { bubbles: true }));
+  });
 
   // ---- Traversals
 

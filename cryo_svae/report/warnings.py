@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 from cryo_svae import geometry
+from cryo_svae.proposal import FEWEST_PARTICLES
 
 Reals = NDArray[np.floating[Any]]
 Integers = NDArray[np.integer[Any]]
@@ -31,7 +32,6 @@ FAR_SHARE = math.exp(-(FAR_SHIFT**2) / 2)  # of a 2-D Gaussian
 FAR_EXCESS = 3.0
 AT_LIMIT = 0.95
 AT_LIMIT_SHARE = 0.1
-TINY_CLASS = 20
 
 
 def kl_of_z(z: Reals, z_std: Reals) -> Reals:
@@ -251,11 +251,12 @@ def tiny_classes(sizes: Integers) -> list[str]:
     """Classes with hardly any particle."""
     if len(sizes) < 2:
         return []
-    tiny = np.flatnonzero(sizes < TINY_CLASS) + 1
+    tiny = np.flatnonzero(sizes < FEWEST_PARTICLES) + 1
     if len(tiny) == 0:
         return []
     listed = ", ".join(map(str, tiny[:8])) + (", …" if len(tiny) > 8 else "")
+    few = f"fewer than {FEWEST_PARTICLES} particles"
     return [
-        f"{len(tiny)} of {len(sizes)} classes with fewer than {TINY_CLASS} particles (class {listed}): "
-        "such averages are mostly noise. Ask for fewer classes (--classes), or discard them."
+        f"{len(tiny)} of {len(sizes)} classes with {few} (class {listed}): such averages are mostly "
+        "noise. Ask for fewer classes (--classes), or discard them."
     ]

@@ -64,6 +64,7 @@ def test_a_step_with_turned_input(pose_candidates, augment_rotation, ctf):
 @pytest.mark.parametrize("changes", [
     {"channels": 3}, {"mask_radius_px": 3.0}, {"rotate": False}, {"translate": False}, {"layers": 3},
     {"rotation_prior": "normal"}, {"activation": "relu"},
+    {"lowest_resolution_px": 7.0, "highest_resolution_px": 3.0},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("ctf", [False, True])
 def test_a_step_with_other_options(name, changes, ctf):

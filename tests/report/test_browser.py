@@ -181,6 +181,22 @@ def test_every_axis_and_colour_can_be_chosen(make_report, play):
     assert told["legends"]["micrograph"] == "m0.mrcm4.mrc"
 
 
+def test_the_proposed_classes_are_ticked_by_a_button_and_by_nothing_else(make_report, play):
+    report = make_report(k=3, n=600)
+    merit = np.where(report.class_number == 2, 0.01, report.figure_of_merit)
+    found = play(
+        make_report(k=3, n=600, figure_of_merit=merit),
+        """
+        const ticked = () => [...document.querySelectorAll(".card :checked")].length;
+        const before = ticked();
+        by("propose").click();
+        tell({ before, after: ticked(), code: by("keep").querySelector("code").textContent });
+        """,
+    )
+    assert (found["before"], found["after"]) == (0, 2)
+    assert found["code"] == "cryo-svae select job042 --classes 1,3"
+
+
 def test_ticked_classes_give_the_command(make_report, play):
     told = play(
         make_report(k=6, job="Class2D/my job"),

@@ -365,3 +365,16 @@ def test_largest_z2_is_at_the_top_of_the_manifold(make_report):
     image = matplotlib.image.imread(io.BytesIO(base64.b64decode(source)))
     assert image.shape == (3 * 24, 7 * 24)
     assert image[:24].max() > image[-24:].max()
+
+
+def test_classes_that_numbers_speak_against_say_so_and_the_others_are_proposed(make_report):
+    report = make_report(k=3)
+    merit = np.where(report.class_number == 2, 0.01, report.figure_of_merit)
+    text = page(make_report(k=3, figure_of_merit=merit))
+    assert "Proposed by size, figure of merit and resolution: 1,3 (what <code>cryo-svae select" in text
+    assert text.count("not proposed:") == 1
+    assert "not proposed: merit 0.01, below half of 0.60" in text
+    none = page(make_report(k=3, figure_of_merit=0 * merit))
+    assert "No class is proposed" in none
+    assert 'id="propose"' not in none
+    assert "roposed" not in page(make_report(k=3, averages=None))

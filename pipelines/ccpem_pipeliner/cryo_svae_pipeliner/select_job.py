@@ -50,8 +50,8 @@ class CryoSvaeSelect(PipelinerJob):
         self.joboptions["where"] = StringJobOption(
             label="Condition:",
             help_text="E.g. figure_of_merit > 0.4 and z1 > 0. Any numeric column by its label, or z1, z2, "
-            "…, psi, psi_std (degrees), x, y (origin, Å), class_number, figure_of_merit, log_likelihood, "
-            "defocus (Å); with + - * / abs() and or not < <= == != >= >.",
+            "…, psi, psi_std (degrees), x, y (origin, Å), class_number, class_probability, "
+            "figure_of_merit, log_likelihood, defocus (Å); with + - * / abs() and or not < <= == != >= >.",
         )
         self.joboptions["top"] = StringJobOption(
             label="Best of them:", help_text="By figure of merit, e.g. 50%; of what the others allow."
