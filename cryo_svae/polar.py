@@ -124,7 +124,7 @@ class PolarTransform(nn.Module):
                    coefficients only: images go through the whole one.
 
     Attributes: ``n_rings``, ``n_orders`` (orders 0 … n_orders - 1), ``n_angles``,
-    ``n_pairs`` P; buffers ``ring`` and ``order`` (P,) of each pair, ``one_sided`` (P,): 1 of order 0, 1/2
+    ``n_pairs`` P, ``first_ring`` that has each order; buffers ``ring`` and ``order`` (P,) of each pair, ``one_sided`` (P,): 1 of order 0, 1/2
     of the others, ``mask`` (N, N) and ``noise_dof`` (n_rings,): how many independent real numbers white
     noise has on each ring.
     """
@@ -160,6 +160,7 @@ class PolarTransform(nn.Module):
         self.n_angles = fast_length(2 * self.n_orders + beyond)
         ring, order = torch.meshgrid(torch.arange(self.n_rings), torch.arange(self.n_orders), indexing="ij")
         kept = order <= limit[ring]
+        self.first_ring: list[int] = kept.int().argmax(0).tolist()
         order, ring = order[kept], ring[kept]
         self.n_pairs = len(ring)
         area = ring_area(self.n_rings)
@@ -292,13 +293,32 @@ class PolarTransform(nn.Module):
                 return self._shifted_spectra_by_product(samples, shifts_px)
         shape = (len(samples), self.n_orders, shifts_px.shape[-2], self.n_rings)
         spectra = samples.new_empty(shape, dtype=torch.complex64)
-        alpha = self.shift_phase(shifts_px)
         scale = self._doubled[: self.n_orders, None]
-        for t in range(shape[2]):  # one at a time stays in the processor's cache
-            here = alpha[..., t, :, :]
-            moved = torch.fft.rfft(_turned(samples, torch.cos(here), torch.sin(here)))
-            torch.mul(moved[..., : self.n_orders].mT, scale, out=spectra[:, :, t])
+        for t, moved in enumerate(self._moved(samples, shifts_px)):  # one at a time stays in the cache
+            coefficients = torch.fft.rfft(moved)
+            torch.mul(coefficients[..., : self.n_orders].mT, scale, out=spectra[:, :, t])
         return spectra
+
+    def _moved(
+        self, samples: Float[Tensor, "b r a"], shifts_px: Float[Tensor, "t 2"] | Float[Tensor, "b t 2"]
+    ) -> Iterator[Float[Tensor, "b r a"]]:
+        """Samples of images moved by each of t shifts."""
+        if shifts_px.ndim == 2:
+            for here in self.shift_phase(shifts_px):
+                yield _turned(samples, torch.cos(here), torch.sin(here))
+            return
+        # first along x, then along y: points of a grid have few of each, and sines take long
+        x, y = (torch.where(axis, shifts_px, 0.0).unbind(1) for axis in torch.eye(2, dtype=torch.bool))
+        waves: list[tuple[Tensor, Tensor, Tensor]] = []
+        for t in range(len(x)):
+            if t == 0 or not torch.equal(x[t], x[t - 1]):
+                along_x = self.shift(samples, x[t])
+            known = [each[1:] for each in waves if torch.equal(each[0], y[t])]
+            if not known:
+                alpha = self.shift_phase(y[t])
+                known = [(torch.cos(alpha), torch.sin(alpha))]
+                waves.append((y[t], *known[0]))
+            yield _turned(along_x, *known[0])
 
     def _shifted_spectra_by_product(
         self, samples: Float[Tensor, "b r a"], shifts_px: Float[Tensor, "t 2"] | Float[Tensor, "b t 2"]

@@ -9,18 +9,19 @@ particle depends on its neighbours.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cryo_svae.geometry import wrap_radians
+from cryo_svae.models.content_space import ContentSpace, drawn_z
 from cryo_svae.models.engine import Batch, Posterior
-from cryo_svae.models.pose_posterior import Look, disc_of_points, masses, mean_origin, normalised
+from cryo_svae.models.pose_posterior import Look, disc_of_points, masses, mean_origin
 from cryo_svae.models.refinement import (
     INFLATION,
-    LocalModel,
     importance_points,
     newton_mode,
     root_covariance,
@@ -38,23 +39,27 @@ FINE_STEP_PX = (0.15, 1.0)  # least and greatest such step
 FINER_ANGLES = 2  # times as many rotations are summed over in inference as in training
 PIECE = 2**22  # scores held at a time on a CPU; more of them leave the processor's cache
 GPU_SHARE = 0.25  # of its memory, for a piece
+UNLIKELY = 1e-7  # probability of a rotation that is left out, its neighbours no likelier
+NEIGHBOURS = 2
+COARSE_CONTENTS = 64  # that new particles are first compared with
 COPIES = 6  # of its largest arrays that a search holds at a time
 
 
-class _Seen(NamedTuple):
-    """Particles at trial origins.
+class _Guess(NamedTuple):
+    """What is known of particles when they are looked at closely.
 
-    origins:   (b, t, 2).
-    log_prior: of each origin (b, t).
-    z:         the better of two contents (b, d).
-    chance:    of each origin under it (b, t), sums to 1.
+    origin:   (b, 2).
+    z:        (b, d).
+    step_px:  between the origins to look at (b,).
+    of_angle: probability of each rotation (b, n).
+    psi_std:  of the rotation where the origin is known, in steps of the rotations (b,).
     """
 
-    origins: Tensor
-    look: Look
-    log_prior: Tensor
+    origin: Tensor
     z: Tensor
-    chance: Tensor
+    step_px: Tensor
+    of_angle: Tensor
+    psi_std: Tensor
 
 
 class PosteriorSearch(nn.Module):
@@ -67,6 +72,7 @@ class PosteriorSearch(nn.Module):
 
     engine: SteerableEngine
     coarse: PolarTransform
+    outline: PolarTransform
     points: Tensor
     widest: Tensor
     wide: Tensor
@@ -75,6 +81,8 @@ class PosteriorSearch(nn.Module):
     def __init__(self, engine: SteerableEngine) -> None:
         super().__init__()
         object.__setattr__(self, "engine", engine)  # whose part this is
+        self._space: tuple[object, ContentSpace] | None = None
+        self.outline = engine.coarser(math.ceil(engine.box_px / (2.0 * COARSE_STEP_PX)))
         self.coarse = engine.coarser(math.ceil(engine.box_px / (4.0 * COARSE_STEP_PX)))
         radii = {
             "widest": engine.config.max_shift_px / COARSE_STEP_PX,
@@ -83,6 +91,7 @@ class PosteriorSearch(nn.Module):
         }
         for name, radius in radii.items():
             self.register_buffer(name, disc_of_points(radius, torch.device("cpu")), persistent=False)
+        self.register_buffer("drawn", drawn_z(engine.z_dim), persistent=False)
         self.register_buffer("points", importance_points(engine.z_dim), persistent=False)
         self.to(engine.noise_variance.device)
 
@@ -92,15 +101,48 @@ class PosteriorSearch(nn.Module):
         if batch.ctf is not None and batch.astigmatic is None:
             # apart, so that no particle's CTF is treated by its neighbours'
             turns = batch.ctf.astigmatic.cpu()
-            rows = [kind.nonzero()[:, 0] for kind in (~turns, turns)]
-        pieces = [piece for kind in rows for piece in kind.split(self._n_at_once()) if len(piece)]
-        if len(pieces) == 1:
-            return self._posterior(batch)
-        found = Posterior.cat([self._posterior(batch[piece]) for piece in pieces])
+            rows = [kind.nonzero()[:, 0] for kind in (~turns, turns) if bool(kind.any())]
         if len(rows) == 1:
-            return found
-        back = torch.argsort(torch.cat(rows))
-        return Posterior(**{name: values[back.to(values.device)] for name, values in vars(found).items()})
+            return self._of_one_kind(batch)
+        found = Posterior.cat([self._of_one_kind(batch[kind]) for kind in rows])
+        return _in_order(found, torch.cat(rows))
+
+    def _of_one_kind(self, batch: Batch) -> Posterior:
+        """Posterior of each particle of a batch whose CTFs are all round, or all not."""
+        rows = torch.arange(len(batch)).split(self._n_at_once())
+        space = self._content_space()
+        guesses = [self._first_guess(batch if len(rows) == 1 else batch[piece]) for piece in rows]
+        if len(rows) == 1:
+            return self._posterior(batch, guesses[0], space)
+        guess = _Guess(*(torch.cat(values) for values in zip(*guesses, strict=True)))
+        order = torch.arange(len(batch))
+        if not self._on_gpu:  # like with like
+            likely = _greatest_near(guess.of_angle, NEIGHBOURS) > UNLIKELY
+            order = torch.argsort(likely.sum(1), stable=True)
+        found = [
+            self._posterior(batch[piece], _Guess(*(values[piece.to(values.device)] for values in guess)), space)
+            for piece in order.split(self._n_at_once())
+        ]
+        return _in_order(Posterior.cat(found), order)
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.points.device.type == "cuda"
+
+    def _content_space(self) -> ContentSpace:
+        """Laid out anew whenever the generator has learned."""
+        engine = self.engine
+        tensors = [*engine.generator.parameters(), *engine.generator.buffers(), engine.noise_variance]
+        made_of = (self.points.device, *(tensor._version for tensor in tensors))
+        if self._space is None or self._space[0] != made_of:
+            self._space = made_of, ContentSpace(engine.generator, engine.polar, engine.noise, self.drawn)
+        return self._space[1]
+
+    def train(self, mode: bool = True) -> PosteriorSearch:
+        """Recorded steps of training change the generator without counting versions."""
+        if mode:
+            self._space = None
+        return super().train(mode)
 
     def _n_at_once(self) -> int:
         """Particles in a piece."""
@@ -115,24 +157,32 @@ class PosteriorSearch(nn.Module):
         memory = torch.cuda.get_device_properties(engine.noise_variance.device).total_memory
         return max(1, int(GPU_SHARE * memory / bytes_each))
 
-    def _posterior(self, batch: Batch) -> Posterior:
+    def _posterior(self, batch: Batch, guess: _Guess, space: ContentSpace) -> Posterior:
         engine = self.engine
-        here, z, step_px = self._first_guess(batch)
-        seen = self._look_around(batch, here, z, step_px, self.fine)
-        look, log_prior = seen.look, seen.log_prior
+        offsets = self.fine * guess.step_px[:, None, None]
+        origins = guess.origin[:, None] + offsets
+        log_prior = engine.log_prior(origins, guess.step_px)
+        look, _ = engine.look(batch, guess.origin, offsets)
+        n_psi, angle = self._likely_angles(guess)
+        sight = space.seen(replace(look, n_psi=n_psi), angle)
         mode, curvature = newton_mode(
-            seen.z, lambda at: LocalModel(*look.expansion(*self._slopes(at), log_prior))
+            guess.z, lambda at: sight.local_model(*space.slopes(at), log_prior)
         )
-        root = root_covariance(curvature - self._missing_information(mode, look, log_prior))
+        root = root_covariance(curvature - sight.missing_information(*space.slopes(mode), log_prior))
         at = mode[:, None] + self.points @ root.mT
         log_proposal = -0.5 * (self.points / INFLATION).square().sum(1)
-        log_total, weight, probability = self._weigh(at, log_proposal, look, log_prior)
+        log_weight = -0.5 * at.square().sum(2) - log_proposal
+        top, mass = masses(sight.scores(space.coordinates(at), log_prior[:, None] + log_weight[..., None]))
+        of_point = mass.sum((2, 3))
+        total = of_point.sum(1, keepdim=True)
+        weight, probability = of_point / total, mass.sum(1) / total[..., None]
         z_mean = (weight[..., None] * at).sum(1)
         z_variance = (weight[..., None] * (at - z_mean[:, None]).square()).sum(1)
         volume = torch.linalg.slogdet(root).logabsdet + engine.z_dim * math.log(INFLATION)
-        log_evidence = log_total - math.log(len(self.points)) + volume
-        psi, psi_std, second_mode = summarise_angle(probability.sum(1))
-        origin, origin_variance = mean_origin(probability.sum(2), seen.origins)
+        log_evidence = top + torch.log(total[:, 0]) - math.log(len(self.points)) + volume
+        of_angle = probability.new_zeros(len(angle), n_psi).scatter(1, angle, probability.sum(2))
+        psi, psi_std, second_mode = summarise_angle(of_angle)
+        origin, origin_variance = mean_origin(probability.sum(1), origins)
         return Posterior(
             z_mean=z_mean,
             z_std=z_variance.sqrt(),
@@ -145,39 +195,29 @@ class PosteriorSearch(nn.Module):
             second_mode=second_mode,
         )
 
-    def _weigh(
-        self,
-        at: Float[Tensor, "b k d"],
-        log_proposal: Float[Tensor, "k"],
-        look: Look,
-        log_prior: Float[Tensor, "b t"],
-    ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b k"], Float[Tensor, "b t n"]]:
-        """Log total and shares of the importance weights of k points, and the mean pose posterior."""
-        content = self.engine.generator(at.flatten(0, 1)).unflatten(0, at.shape[:2])
-        log_weight = -0.5 * at.square().sum(2) - log_proposal
-        top, mass = masses(look.scores(content, log_prior[:, None] + log_weight[..., None]))
-        of_point = mass.sum((2, 3))
-        total = of_point.sum(1)
-        return top + torch.log(total), of_point / total[:, None], mass.sum(1) / total[:, None, None]
+    def _likely_angles(self, guess: _Guess) -> tuple[int, Int[Tensor, "b w"]]:
+        """How many rotations are enough for the sharpest particle; those that may matter to each.
 
-    def _first_guess(
-        self, batch: Batch
-    ) -> tuple[Float[Tensor, "b 2"], Float[Tensor, "b d"], Float[Tensor, "b"]]:
-        """Origins, z, and the posterior standard deviation of the origin's components in px.
-
-        z is the encoder's or the best of the known contents, whichever explains the particle better.
+        As many of these as matter to any. On a GPU, which is not waited for, all of all.
         """
+        n_psi = guess.of_angle.shape[1]
+        if self._on_gpu:
+            return n_psi, torch.arange(n_psi, device=guess.z.device).expand(len(guess.z), -1)
+        widest = float(guess.psi_std.min())
+        every = max(k for k in range(1, n_psi // 2) if n_psi % (2 * k) == 0 and (k == 1 or k <= widest))
+        near = _greatest_near(guess.of_angle, NEIGHBOURS + every)[:, ::every]
+        n_likely = int((near > UNLIKELY).sum(1).max())
+        return n_psi // every, near.topk(n_likely, 1).indices
+
+    def _first_guess(self, batch: Batch) -> _Guess:
+        """Where and at which rotations to look, and z to begin with."""
         engine = self.engine
         here, z = self._coarse_search(batch)
         step_px = torch.full_like(here[:, 0], COARSE_STEP_PX / 2.0 if engine.shifts else 0.0)
-        finest = (COARSE_STEP_PX / 4.0, FINE_STEP_PX[0]) if engine.shifts else ()
-        for finest_px in finest:
-            seen = self._look_around(batch, here, z, step_px, self.wide)
-            z = seen.z
-            here, variance = mean_origin(seen.chance, seen.origins)
-            here = engine.within_reach(here)
-            step_px = (STEP_STD * variance.sqrt()).clamp(finest_px, FINE_STEP_PX[1])
-        return here, z, step_px
+        if engine.shifts:
+            guess = self._look_around(batch, here, z, step_px, self.outline, COARSE_STEP_PX / 4.0)
+            here, z, step_px = guess.origin, guess.z, guess.step_px
+        return self._look_around(batch, here, z, step_px, engine.polar, FINE_STEP_PX[0])
 
     def _look_around(
         self,
@@ -185,24 +225,36 @@ class PosteriorSearch(nn.Module):
         here: Float[Tensor, "b 2"],
         z: Float[Tensor, "b d"],
         step_px: Float[Tensor, "b"],
-        disc: Float[Tensor, "t 2"],
-    ) -> _Seen:
-        """Particles at origins on a disc in steps, with the better of z and the encoder's answer there."""
+        polar: PolarTransform,
+        finest_px: float,
+    ) -> _Guess:
+        """A better guess from origins on a disc in steps.
+
+        z is, where all rings are looked at, the encoder's if that explains the particle better.
+        """
         engine = self.engine
-        offsets = disc * step_px[:, None, None]
+        offsets = self.wide * step_px[:, None, None]
         origins = here[:, None] + offsets
-        look, restored = engine.look(batch, here, offsets, rounded=disc is not self.fine)
+        look, restored = engine.look(batch, here, offsets, polar, rounded=True)
         log_prior = engine.log_prior(origins, step_px)
-        both = torch.stack([z, engine.encode(restored)[0]], 1)
-        content = engine.generator(both.flatten(0, 1)).unflatten(0, both.shape[:2])
-        log_weight = -0.5 * both.square().sum(2)
+        tried = z[:, None]
+        if polar is engine.polar:
+            tried = torch.stack([z, engine.encode(restored)[0]], 1)
+        content = engine.generator(tried.flatten(0, 1)).unflatten(0, tried.shape[:2])[..., : polar.n_pairs]
+        log_weight = -0.5 * tried.square().sum(2)
         _, mass = masses(look.scores(content, log_prior[:, None] + log_weight[..., None]))
-        of_origin = mass.sum(3)
-        of_content = of_origin.sum(2)
-        first = of_content[:, :1] > of_content[:, 1:]
-        chance = torch.where(first, of_origin[:, 0], of_origin[:, 1])
-        better = torch.where(first, both[:, 0], both[:, 1])
-        return _Seen(origins, look, log_prior, better, chance / chance.sum(1, keepdim=True))
+        row, best = torch.arange(len(z), device=z.device), mass.sum((2, 3)).argmax(1)
+        mass = mass[row, best]
+        mass = mass / mass.sum((1, 2), keepdim=True)
+        of_origin = mass.sum(2)
+        origin, variance = mean_origin(of_origin, origins)
+        return _Guess(
+            engine.within_reach(origin),
+            tried[row, best],
+            (STEP_STD * variance.sqrt()).clamp(finest_px, FINE_STEP_PX[1]),
+            mass.sum(1),
+            _peak_std(mass[row, of_origin.argmax(1)]),
+        )
 
     def _coarse_search(self, batch: Batch) -> tuple[Float[Tensor, "b 2"], Float[Tensor, "b d"]]:
         """The best of a grid over the whole disc of origins, and of the known contents."""
@@ -210,28 +262,29 @@ class PosteriorSearch(nn.Module):
         offsets = self.widest * COARSE_STEP_PX
         centre = offsets.new_zeros(len(batch), 2)
         look, _ = engine.look(batch, centre, offsets, self.coarse, rounded=True)
-        content = engine.generator(engine.known_z)[..., : self.coarse.n_pairs]
-        log_prior = engine.log_prior(offsets.expand(len(batch), -1, -1), COARSE_STEP_PX)
-        _, mass = masses(look.scores(content[None], log_prior[:, None]))
-        chance = mass.sum(3)
-        return offsets[chance.sum(1).argmax(1)], engine.known_z[chance.sum(2).argmax(1)]
+        look = replace(look, n_psi=self.coarse.n_angles)
+        known = engine.known_z[-COARSE_CONTENTS:]
+        log_prior = engine.log_prior(offsets[None], COARSE_STEP_PX)
+        greatest = look.greatest(engine.generator(known)[..., : self.coarse.n_pairs])
+        _, chance = masses(greatest + log_prior[..., None])
+        return offsets[chance.sum(2).argmax(1)], known[chance.sum(1).argmax(1)]
 
-    def _slopes(self, z: Float[Tensor, "b d"]) -> tuple[Float[Tensor, "b 2 p"], Float[Tensor, "b d 2 p"]]:
-        """Generated coefficients, and their derivatives by each component of z."""
-        units = torch.eye(z.shape[1], device=z.device)[:, None].expand(-1, len(z), -1)
-        content, slopes = self.engine.generator.along(z, units)
-        return content, slopes.transpose(0, 1)
 
-    def _missing_information(
-        self, z: Float[Tensor, "b d"], look: Look, log_prior: Float[Tensor, "b t"]
-    ) -> Float[Tensor, "b d d"]:
-        """Information on z lost because the pose is unknown: covariance of the score over poses.
+def _greatest_near(of_angle: Float[Tensor, "b n"], reach: int) -> Float[Tensor, "b n"]:
+    """The greatest of the values of each angle and of so many before and behind it."""
+    around = nn.functional.pad(of_angle[:, None], (reach, reach), mode="circular")
+    greatest: Tensor = nn.functional.max_pool1d(around, 2 * reach + 1, 1)[:, 0]
+    return greatest
 
-        Louis 1982, J. R. Stat. Soc. B 44, 226.
-        """
-        content, slopes = self._slopes(z)
-        joint = look.scores(content[:, None], log_prior[:, None])[:, 0]
-        probability = normalised(joint)[1].flatten(1)[:, None]
-        scores = look.inner(slopes).flatten(2)
-        centred = scores.sub_(scores @ probability.mT)
-        return (centred * probability) @ centred.mT
+
+def _peak_std(mass: Float[Tensor, "b n"]) -> Float[Tensor, "b"]:
+    """Standard deviation of the highest peak, in steps of the grid: of the parabola through its log."""
+    peak, n = mass.argmax(1), mass.shape[1]
+    low, top, high = (mass.gather(1, (peak[:, None] + k) % n)[:, 0].log() for k in (-1, 0, 1))
+    return (2.0 * top - low - high).clamp(min=1e-6).rsqrt()
+
+
+def _in_order(found: Posterior, row: Int[Tensor, "b"]) -> Posterior:
+    """Posteriors of rows ``row`` in the order of the rows."""
+    back = torch.argsort(row)
+    return Posterior(**{name: values[back.to(values.device)] for name, values in vars(found).items()})

@@ -60,7 +60,7 @@ def root_covariance(information: Float[Tensor, "b d d"]) -> Float[Tensor, "b d d
     """A matrix R with R Rᵀ = (information + I)⁻¹: the posterior covariance under the prior N(0, I)."""
     values, vectors = torch.linalg.eigh(information)
     # Less information than none is a ripple of the noise.
-    root: Tensor = vectors * (1.0 + values.clamp(min=0.0)).rsqrt()[:, None, :]
+    root: Tensor = (vectors * (1.0 + values.clamp(min=0.0)).rsqrt()[:, None, :]) @ vectors.mT
     return root
 
 
