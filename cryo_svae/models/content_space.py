@@ -22,7 +22,8 @@ from cryo_svae.polar import PolarTransform
 
 DRAWS = 256  # contents that the plane is laid through
 LEAST_SIZE = 1e-6  # of a direction, in units of the largest
-DIRECTIONS = (16, 2)  # of the plane: so many, and more for each component of z
+PER_COMPONENT = 2  # vectors of the basis for each component of z, and two more
+BLOCK = 16  # of vectors, that processors multiply as fast as one
 NEGLIGIBLE_POWER = 1e-6  # of an angular order of a CTF's power, in units of its mean
 
 
@@ -46,6 +47,7 @@ class ContentSpace:
         polar: PolarTransform,
         noise: Float[Tensor, "r"],
         drawn_z: Float[Tensor, "n d"],
+        n_psi: int,
     ) -> None:
         self.polar = polar
         self._generator = generator
@@ -55,14 +57,18 @@ class ContentSpace:
         linear = (generator.of_hidden() * whiten).flatten(1).double()
         drawn = (hidden - self._centre).double() @ linear
         power, across = torch.linalg.eigh(drawn @ drawn.mT)
-        size = power.clamp(min=0.0).sqrt().flip(0)
-        n_directions = min(DIRECTIONS[0] + DIRECTIONS[1] * generator.z_dim, len(drawn_z))
+        size = power.clamp(min=torch.finfo(power.dtype).tiny).sqrt().flip(0)
+        n_directions = min(BLOCK * math.ceil(PER_COMPONENT * (generator.z_dim + 2) / BLOCK), len(drawn_z)) - 1
         kept = across.flip(1)[:, :n_directions] / size[:n_directions].clamp(min=LEAST_SIZE * size[0])
         directions = kept.mT @ drawn
         self._project = (linear @ directions.mT).float()
         centre = generator.content(self._centre[None])
         self.basis = torch.cat([centre, directions.float().unflatten(1, (2, -1)) / whiten])
-        self._by_order = ByOrder(polar, self.basis)
+        self._by_order = ByOrder(polar, self.basis, n_psi)
+        n_even = polar.n_angles // 4 + 1
+        both = torch.where(torch.arange(n_even, device=noise.device) > 0, 2.0, 1.0)
+        # Re sum of x exp(i order psi) over both signs of each even order
+        self._half_turns = waves(n_even, n_psi // 2, noise.device) * torch.cat([both, -both])
         self._upper = torch.triu_indices(len(self.basis), len(self.basis), device=noise.device)
         self._both_sides = 2.0 - (self._upper[0] == self._upper[1]).float()
         self._pair_of = torch.empty(len(self.basis), len(self.basis), dtype=torch.long, device=noise.device)
@@ -105,30 +111,24 @@ class ContentSpace:
         return self._of_pairs[:n_even]
 
     def seen(self, look: Look, angle: Int[Tensor, "b w"]) -> Sight:
-        """What a look shows of the poses of some angles (2 pi angle / n_psi), for each trial origin."""
+        """What a look shows at some of its rotations, for each trial origin; the others have no probability."""
         products = self._by_order.products(look.spectra)
-        turns = waves(self.polar.n_orders, look.n_psi, products.device)[angle]
-        inner = (turns @ products.flatten(2)).unflatten(-1, (-1, len(self.basis))).flatten(1, 2)
+        inner = self._by_order.turns[angle] @ products.flatten(2)
         power = torch.fft.rfft(look.power, norm="forward")
         n_even = _how_many_matter(power)
         power = power[..., :n_even]
         by_ring = torch.cat([power.real, power.imag], 1).permute(2, 0, 1)
         energy = by_ring @ self._pair_spectra(n_even)
         energy = energy.unflatten(-1, (2, -1)).permute(2, 0, 1, 3).flatten(0, 1).transpose(0, 1)
-        half_turns = waves(n_even, look.n_psi // 2, products.device) * self._one_sided(n_even)
+        half_turns = self._half_turns.unflatten(1, (2, -1))[..., :n_even].flatten(1)
         return Sight(
             self,
-            inner,
+            inner.unflatten(-1, (-1, len(self.basis))).flatten(1, 2),
             energy * self._both_sides,
-            half_turns[angle % (look.n_psi // 2)],
+            half_turns[angle % len(half_turns)],
             look.spectra.shape[2],
             look.n_psi,
         )
-
-    def _one_sided(self, n_even: int) -> Tensor:
-        """Weights of cos and sin of each even order in Re sum of x exp(i order psi), both signs of it."""
-        both = torch.where(torch.arange(n_even, device=self._upper.device) > 0, 2.0, 1.0)
-        return torch.cat([both, -both])
 
 
 def _how_many_matter(power: Complex[Tensor, "b r e"]) -> int:

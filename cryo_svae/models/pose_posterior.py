@@ -47,9 +47,15 @@ class PosePosterior:
 
 
 class ByOrder:
-    """k contents, arranged to be multiplied with the data of many particles."""
+    """k contents, arranged to be multiplied with the data of many particles.
 
-    def __init__(self, polar: PolarTransform, content: Float[Tensor, "k 2 p"]) -> None:
+    power: of each content on each ring (k, r).
+    turns: waves of n_psi rotations, of which products are the coefficients (n, m).
+    """
+
+    def __init__(self, polar: PolarTransform, content: Float[Tensor, "k 2 p"], n_psi: int) -> None:
+        self.power = polar.ring_sum(content.square().sum(1))
+        self.turns = waves(polar.n_orders, n_psi, content.device)
         by_order = polar.by_order(content).permute(1, 2, 0)
         real, imag = by_order.real, by_order.imag
         # by the conjugate, of data with its real and imaginary parts side by side
@@ -111,13 +117,12 @@ class Look:
         scores: Tensor = torch.fft.irfft(by_order.conj(), n=self.n_psi, norm="forward")
         return scores
 
-    def greatest(self, content: Float[Tensor, "k 2 p"]) -> Float[Tensor, "b t k"]:
+    def greatest(self, content: ByOrder) -> Float[Tensor, "b t k"]:
         """The greatest l(psi, o) of all psi, for the same contents and every particle, taken for round."""
-        products = ByOrder(self.polar, content).products(self.spectra)
-        turns = waves(self.polar.n_orders, self.n_psi, products.device).expand(len(products), -1, -1)
-        inner = (turns @ products.flatten(2)).amax(1).view(len(products), -1, len(content))
-        energy = (self.power.mean(-1) @ self.polar.ring_sum(content.square().sum(1)).mT)[:, None]
-        return inner.sub_(0.5 * energy)
+        products = content.products(self.spectra).flatten(2)
+        inner = (content.turns.expand(len(products), -1, -1) @ products).amax(1)
+        energy = self.power.mean(-1) @ content.power.mT
+        return inner.unflatten(1, (self.spectra.shape[2], -1)).sub_(0.5 * energy[:, None])
 
     def energy(self, content: Float[Tensor, "#b k 2 p"]) -> Float[Tensor, "b k n"]:
         """<h² R_psi c / sigma², R_psi c> of k contents for every psi; (b, k, 1) without astigmatism."""

@@ -9,7 +9,6 @@ particle depends on its neighbours.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from cryo_svae.geometry import wrap_radians
 from cryo_svae.models.content_space import ContentSpace, drawn_z
 from cryo_svae.models.engine import Batch, Posterior
-from cryo_svae.models.pose_posterior import Look, disc_of_points, masses, mean_origin
+from cryo_svae.models.pose_posterior import ByOrder, disc_of_points, masses, mean_origin
 from cryo_svae.models.refinement import (
     INFLATION,
     importance_points,
@@ -41,25 +40,32 @@ PIECE = 2**22  # scores held at a time on a CPU; more of them leave the processo
 GPU_SHARE = 0.25  # of its memory, for a piece
 UNLIKELY = 1e-7  # probability of a rotation that is left out, its neighbours no likelier
 NEIGHBOURS = 2
-COARSE_CONTENTS = 64  # that new particles are first compared with
 COPIES = 6  # of its largest arrays that a search holds at a time
 
 
 class _Guess(NamedTuple):
     """What is known of particles when they are looked at closely.
 
-    origin:   (b, 2).
-    z:        (b, d).
-    step_px:  between the origins to look at (b,).
-    of_angle: probability of each rotation (b, n).
-    psi_std:  of the rotation where the origin is known, in steps of the rotations (b,).
+    origin:  (b, 2).
+    z:       (b, d).
+    step_px: between the origins to look at (b,).
+    near:    probability of each rotation, or of a neighbour if that is likelier (b, n).
     """
 
     origin: Tensor
     z: Tensor
     step_px: Tensor
-    of_angle: Tensor
-    psi_std: Tensor
+    near: Tensor
+
+
+class _Prepared(NamedTuple):
+    """What is made of a generator once, for all particles.
+
+    known: contents known from training, of the rings of the coarse search.
+    """
+
+    space: ContentSpace
+    known: ByOrder
 
 
 class PosteriorSearch(nn.Module):
@@ -81,7 +87,7 @@ class PosteriorSearch(nn.Module):
     def __init__(self, engine: SteerableEngine) -> None:
         super().__init__()
         object.__setattr__(self, "engine", engine)  # whose part this is
-        self._space: tuple[object, ContentSpace] | None = None
+        self._kept: tuple[object, _Prepared] | None = None
         self.outline = engine.coarser(math.ceil(engine.box_px / (2.0 * COARSE_STEP_PX)))
         self.coarse = engine.coarser(math.ceil(engine.box_px / (4.0 * COARSE_STEP_PX)))
         radii = {
@@ -110,17 +116,15 @@ class PosteriorSearch(nn.Module):
     def _of_one_kind(self, batch: Batch) -> Posterior:
         """Posterior of each particle of a batch whose CTFs are all round, or all not."""
         rows = torch.arange(len(batch)).split(self._n_at_once())
-        space = self._content_space()
         guesses = [self._first_guess(batch if len(rows) == 1 else batch[piece]) for piece in rows]
         if len(rows) == 1:
-            return self._posterior(batch, guesses[0], space)
+            return self._posterior(batch, guesses[0])
         guess = _Guess(*(torch.cat(values) for values in zip(*guesses, strict=True)))
         order = torch.arange(len(batch))
         if not self._on_gpu:  # like with like
-            likely = _greatest_near(guess.of_angle, NEIGHBOURS) > UNLIKELY
-            order = torch.argsort(likely.sum(1), stable=True)
+            order = torch.argsort((guess.near > UNLIKELY).sum(1), stable=True)
         found = [
-            self._posterior(batch[piece], _Guess(*(values[piece.to(values.device)] for values in guess)), space)
+            self._posterior(batch[piece], _Guess(*(values[piece.to(values.device)] for values in guess)))
             for piece in order.split(self._n_at_once())
         ]
         return _in_order(Posterior.cat(found), order)
@@ -129,19 +133,24 @@ class PosteriorSearch(nn.Module):
     def _on_gpu(self) -> bool:
         return self.points.device.type == "cuda"
 
-    def _content_space(self) -> ContentSpace:
-        """Laid out anew whenever the generator has learned."""
+    def _prepared(self) -> _Prepared:
+        """What is made of the generator; anew whenever it has learned."""
         engine = self.engine
-        tensors = [*engine.generator.parameters(), *engine.generator.buffers(), engine.noise_variance]
+        tensors = [
+            *engine.generator.parameters(), *engine.generator.buffers(), engine.noise_variance, engine.known_z
+        ]  # fmt: skip
         made_of = (self.points.device, *(tensor._version for tensor in tensors))
-        if self._space is None or self._space[0] != made_of:
-            self._space = made_of, ContentSpace(engine.generator, engine.polar, engine.noise, self.drawn)
-        return self._space[1]
+        if self._kept is None or self._kept[0] != made_of:
+            n_psi = FINER_ANGLES * engine.polar.n_angles
+            space = ContentSpace(engine.generator, engine.polar, engine.noise, self.drawn, n_psi)
+            known = engine.generator(engine.known_z)[..., : self.coarse.n_pairs]
+            self._kept = made_of, _Prepared(space, ByOrder(self.coarse, known, self.coarse.n_angles))
+        return self._kept[1]
 
     def train(self, mode: bool = True) -> PosteriorSearch:
         """Recorded steps of training change the generator without counting versions."""
         if mode:
-            self._space = None
+            self._kept = None
         return super().train(mode)
 
     def _n_at_once(self) -> int:
@@ -157,14 +166,15 @@ class PosteriorSearch(nn.Module):
         memory = torch.cuda.get_device_properties(engine.noise_variance.device).total_memory
         return max(1, int(GPU_SHARE * memory / bytes_each))
 
-    def _posterior(self, batch: Batch, guess: _Guess, space: ContentSpace) -> Posterior:
+    def _posterior(self, batch: Batch, guess: _Guess) -> Posterior:
         engine = self.engine
         offsets = self.fine * guess.step_px[:, None, None]
         origins = guess.origin[:, None] + offsets
         log_prior = engine.log_prior(origins, guess.step_px)
         look, _ = engine.look(batch, guess.origin, offsets)
-        n_psi, angle = self._likely_angles(guess)
-        sight = space.seen(replace(look, n_psi=n_psi), angle)
+        space = self._prepared().space
+        angle = self._likely_angles(guess.near)
+        sight = space.seen(look, angle)
         mode, curvature = newton_mode(
             guess.z, lambda at: sight.local_model(*space.slopes(at), log_prior)
         )
@@ -180,7 +190,7 @@ class PosteriorSearch(nn.Module):
         z_variance = (weight[..., None] * (at - z_mean[:, None]).square()).sum(1)
         volume = torch.linalg.slogdet(root).logabsdet + engine.z_dim * math.log(INFLATION)
         log_evidence = top + torch.log(total[:, 0]) - math.log(len(self.points)) + volume
-        of_angle = probability.new_zeros(len(angle), n_psi).scatter(1, angle, probability.sum(2))
+        of_angle = probability.new_zeros(len(angle), look.n_psi).scatter(1, angle, probability.sum(2))
         psi, psi_std, second_mode = summarise_angle(of_angle)
         origin, origin_variance = mean_origin(probability.sum(1), origins)
         return Posterior(
@@ -195,19 +205,15 @@ class PosteriorSearch(nn.Module):
             second_mode=second_mode,
         )
 
-    def _likely_angles(self, guess: _Guess) -> tuple[int, Int[Tensor, "b w"]]:
-        """How many rotations are enough for the sharpest particle; those that may matter to each.
+    def _likely_angles(self, near: Float[Tensor, "b n"]) -> Int[Tensor, "b w"]:
+        """The rotations that may matter to each particle, as many as to any of them.
 
-        As many of these as matter to any. On a GPU, which is not waited for, all of all.
+        On a GPU, which is not waited for, all of them.
         """
-        n_psi = guess.of_angle.shape[1]
         if self._on_gpu:
-            return n_psi, torch.arange(n_psi, device=guess.z.device).expand(len(guess.z), -1)
-        widest = float(guess.psi_std.min())
-        every = max(k for k in range(1, n_psi // 2) if n_psi % (2 * k) == 0 and (k == 1 or k <= widest))
-        near = _greatest_near(guess.of_angle, NEIGHBOURS + every)[:, ::every]
+            return torch.arange(near.shape[1], device=near.device).expand(len(near), -1)
         n_likely = int((near > UNLIKELY).sum(1).max())
-        return n_psi // every, near.topk(n_likely, 1).indices
+        return near.topk(n_likely, 1).indices
 
     def _first_guess(self, batch: Batch) -> _Guess:
         """Where and at which rotations to look, and z to begin with."""
@@ -252,8 +258,7 @@ class PosteriorSearch(nn.Module):
             engine.within_reach(origin),
             tried[row, best],
             (STEP_STD * variance.sqrt()).clamp(finest_px, FINE_STEP_PX[1]),
-            mass.sum(1),
-            _peak_std(mass[row, of_origin.argmax(1)]),
+            _greatest_near(mass.sum(1)),
         )
 
     def _coarse_search(self, batch: Batch) -> tuple[Float[Tensor, "b 2"], Float[Tensor, "b d"]]:
@@ -262,26 +267,16 @@ class PosteriorSearch(nn.Module):
         offsets = self.widest * COARSE_STEP_PX
         centre = offsets.new_zeros(len(batch), 2)
         look, _ = engine.look(batch, centre, offsets, self.coarse, rounded=True)
-        look = replace(look, n_psi=self.coarse.n_angles)
-        known = engine.known_z[-COARSE_CONTENTS:]
         log_prior = engine.log_prior(offsets[None], COARSE_STEP_PX)
-        greatest = look.greatest(engine.generator(known)[..., : self.coarse.n_pairs])
-        _, chance = masses(greatest + log_prior[..., None])
-        return offsets[chance.sum(2).argmax(1)], known[chance.sum(1).argmax(1)]
+        _, chance = masses(look.greatest(self._prepared().known) + log_prior[..., None])
+        return offsets[chance.sum(2).argmax(1)], engine.known_z[chance.sum(1).argmax(1)]
 
 
-def _greatest_near(of_angle: Float[Tensor, "b n"], reach: int) -> Float[Tensor, "b n"]:
-    """The greatest of the values of each angle and of so many before and behind it."""
-    around = nn.functional.pad(of_angle[:, None], (reach, reach), mode="circular")
-    greatest: Tensor = nn.functional.max_pool1d(around, 2 * reach + 1, 1)[:, 0]
+def _greatest_near(of_angle: Float[Tensor, "b n"]) -> Float[Tensor, "b n"]:
+    """The greatest of the values of each rotation and its neighbours."""
+    around = nn.functional.pad(of_angle[:, None], (NEIGHBOURS, NEIGHBOURS), mode="circular")
+    greatest: Tensor = nn.functional.max_pool1d(around, 2 * NEIGHBOURS + 1, 1)[:, 0]
     return greatest
-
-
-def _peak_std(mass: Float[Tensor, "b n"]) -> Float[Tensor, "b"]:
-    """Standard deviation of the highest peak, in steps of the grid: of the parabola through its log."""
-    peak, n = mass.argmax(1), mass.shape[1]
-    low, top, high = (mass.gather(1, (peak[:, None] + k) % n)[:, 0].log() for k in (-1, 0, 1))
-    return (2.0 * top - low - high).clamp(min=1e-6).rsqrt()
 
 
 def _in_order(found: Posterior, row: Int[Tensor, "b"]) -> Posterior:
