@@ -308,17 +308,12 @@ class PolarTransform(nn.Module):
                 yield _turned(samples, torch.cos(here), torch.sin(here))
             return
         # first along x, then along y: points of a grid have few of each, and sines take long
-        x, y = (torch.where(axis, shifts_px, 0.0).unbind(1) for axis in torch.eye(2, dtype=torch.bool))
-        waves: list[tuple[Tensor, Tensor, Tensor]] = []
-        for t in range(len(x)):
-            if t == 0 or not torch.equal(x[t], x[t - 1]):
-                along_x = self.shift(samples, x[t])
-            known = [each[1:] for each in waves if torch.equal(each[0], y[t])]
-            if not known:
-                alpha = self.shift_phase(y[t])
-                known = [(torch.cos(alpha), torch.sin(alpha))]
-                waves.append((y[t], *known[0]))
-            yield _turned(along_x, *known[0])
+        along_x, along_y = _Waves(self, 0), _Waves(self, 1)
+        before: Tensor | None = None
+        for x, y in shifts_px.permute(1, 2, 0):
+            if before is None or not torch.equal(x, before):
+                before, halfway = x, _turned(samples, *along_x.of(x))
+            yield _turned(halfway, *along_y.of(y))
 
     def _shifted_spectra_by_product(
         self, samples: Float[Tensor, "b r a"], shifts_px: Float[Tensor, "t 2"] | Float[Tensor, "b t 2"]
@@ -335,6 +330,30 @@ class PolarTransform(nn.Module):
         planes = torch.bmm(self._fourier.expand(len(samples), -1, -1), columns.mT)
         real, imag = planes.unflatten(-1, (-1, self.n_rings)).chunk(2, 1)
         return torch.complex(real, imag)
+
+
+class _Waves:
+    """cos alpha and sin alpha of shifts along one axis, those known already without computing them."""
+
+    def __init__(self, polar: PolarTransform, axis: int) -> None:
+        self._polar, self._axis = polar, axis
+        self._known: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def of(self, shift_px: Float[Tensor, "b"]) -> tuple[Float[Tensor, "b r h"], Float[Tensor, "b r h"]]:
+        """Those of shifts of each particle along the axis."""
+        for known, cos, sin in self._known:
+            if torch.equal(known, shift_px):
+                return cos, sin
+        opposite = [(cos, -sin) for known, cos, sin in self._known if torch.equal(known, -shift_px)]
+        if opposite:
+            cos, sin = opposite[0]
+        else:
+            both = shift_px.new_zeros(len(shift_px), 2)
+            both[:, self._axis] = shift_px
+            alpha = self._polar.shift_phase(both)
+            cos, sin = torch.cos(alpha), torch.sin(alpha)
+        self._known.append((shift_px, cos, sin))
+        return cos, sin
 
 
 @contextmanager

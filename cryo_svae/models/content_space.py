@@ -22,9 +22,14 @@ from cryo_svae.polar import PolarTransform
 
 DRAWS = 256  # contents that the plane is laid through
 LEAST_SIZE = 1e-6  # of a direction, in units of the largest
-PER_COMPONENT = 2  # vectors of the basis for each component of z, and two more
-BLOCK = 16  # of vectors, that processors multiply as fast as one
+PER_COMPONENT = 2  # vectors of the basis for each component of z, and as many more for two
+BLOCK = 16  # vectors take a processor as long as one
 NEGLIGIBLE_POWER = 1e-6  # of an angular order of a CTF's power, in units of its mean
+
+
+def n_vectors(z_dim: int) -> int:
+    """How many vectors the basis of a content space has."""
+    return min(DRAWS, BLOCK * math.ceil(PER_COMPONENT * (z_dim + 2) / BLOCK))
 
 
 def drawn_z(z_dim: int) -> Float[Tensor, "n d"]:
@@ -58,7 +63,7 @@ class ContentSpace:
         drawn = (hidden - self._centre).double() @ linear
         power, across = torch.linalg.eigh(drawn @ drawn.mT)
         size = power.clamp(min=torch.finfo(power.dtype).tiny).sqrt().flip(0)
-        n_directions = min(BLOCK * math.ceil(PER_COMPONENT * (generator.z_dim + 2) / BLOCK), len(drawn_z)) - 1
+        n_directions = n_vectors(generator.z_dim) - 1
         kept = across.flip(1)[:, :n_directions] / size[:n_directions].clamp(min=LEAST_SIZE * size[0])
         directions = kept.mT @ drawn
         self._project = (linear @ directions.mT).float()

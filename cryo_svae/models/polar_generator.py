@@ -58,7 +58,8 @@ class PolarGenerator(nn.Module):
     ) -> tuple[Float[Tensor, "b 2 p"], Float[Tensor, "k b 2 p"]]:
         """Coefficients of each z, and their derivatives along k directions (forward mode)."""
         hidden, slope = self.hidden_along(z, directions)
-        return self.content(hidden), (slope @ self.of_hidden().flatten(1)).unflatten(-1, (2, -1))
+        by_hidden = (slope @ self._last()[0].mT).unflatten(-1, (2, -1))
+        return self.content(hidden), by_hidden * self.scale[:, : self.n_pairs]
 
     def hidden_along(
         self, z: Float[Tensor, "b d"], directions: Float[Tensor, "k b d"]

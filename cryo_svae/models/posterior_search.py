@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cryo_svae.geometry import wrap_radians
-from cryo_svae.models.content_space import ContentSpace, drawn_z
+from cryo_svae.models.content_space import ContentSpace, drawn_z, n_vectors
 from cryo_svae.models.engine import Batch, Posterior
 from cryo_svae.models.pose_posterior import ByOrder, disc_of_points, masses, mean_origin
 from cryo_svae.models.refinement import (
@@ -36,9 +36,9 @@ STEP_STD = 1.4  # steps between origins, in standard deviations: sums over a Gau
 FINE_DISC = 2.3  # radius of the last grid of origins, in steps: it holds all but 1 % of the posterior
 FINE_STEP_PX = (0.15, 1.0)  # least and greatest such step
 FINER_ANGLES = 2  # times as many rotations are summed over in inference as in training
-PIECE = 2**22  # scores held at a time on a CPU; more of them leave the processor's cache
+PIECE = 2**22  # numbers in the largest arrays on a CPU; more of them leave the processor's cache
 GPU_SHARE = 0.25  # of its memory, for a piece
-UNLIKELY = 1e-7  # probability of a rotation that is left out, its neighbours no likelier
+UNLIKELY = 1e-6  # probability of a rotation that is left out, its neighbours no likelier
 NEIGHBOURS = 2
 COPIES = 6  # of its largest arrays that a search holds at a time
 
@@ -120,14 +120,26 @@ class PosteriorSearch(nn.Module):
         if len(rows) == 1:
             return self._posterior(batch, guesses[0])
         guess = _Guess(*(torch.cat(values) for values in zip(*guesses, strict=True)))
-        order = torch.arange(len(batch))
-        if not self._on_gpu:  # like with like
-            order = torch.argsort((guess.near > UNLIKELY).sum(1), stable=True)
-        found = [
-            self._posterior(batch[piece], _Guess(*(values[piece.to(values.device)] for values in guess)))
-            for piece in order.split(self._n_at_once())
-        ]
-        return _in_order(Posterior.cat(found), order)
+        found, order = [], []
+        for piece in self._alike(guess):
+            here = piece.to(guess.z.device)
+            found.append(self._posterior(batch[piece], _Guess(*(values[here] for values in guess))))
+            order.append(piece)
+        return _in_order(Posterior.cat(found), torch.cat(order))
+
+    def _alike(self, guess: _Guess) -> list[Int[Tensor, "k"]]:
+        """Rows in pieces of particles to which as many rotations matter; on a GPU as they come."""
+        most = self._n_at_once()
+        if self._on_gpu:
+            return list(torch.arange(len(guess.z)).split(most))
+        n_likely, order = torch.sort((guess.near > UNLIKELY).sum(1), stable=True)
+        each = len(self.fine) * max(len(self.points), n_vectors(self.engine.z_dim))
+        pieces, start = [], 0
+        for end, width in enumerate(n_likely.tolist(), 1):
+            if end == len(order) or end - start == most or (end + 1 - start) * width * each > PIECE:
+                pieces.append(order[start:end])
+                start = end
+        return pieces
 
     @property
     def _on_gpu(self) -> bool:
@@ -155,15 +167,16 @@ class PosteriorSearch(nn.Module):
 
     def _n_at_once(self) -> int:
         """Particles in a piece."""
-        engine = self.engine
-        n_psi = FINER_ANGLES * engine.polar.n_angles
-        n_scores = len(self.fine) * n_psi * max(len(self.points), engine.z_dim)
-        if engine.noise_variance.device.type != "cuda":
-            return max(1, PIECE // n_scores)
-        n_coarse = len(engine.known_z) * len(self.widest) * FINER_ANGLES * self.coarse.n_angles
-        n_spectra = 2 * engine.polar.n_rings * engine.polar.n_angles * len(self.fine)
+        engine, polar = self.engine, self.engine.polar
+        k, n_origins = n_vectors(engine.z_dim), len(self.fine)
+        if not self._on_gpu:
+            return max(1, PIECE // (2 * polar.n_orders * n_origins * max(polar.n_rings, k)))
+        n_psi = FINER_ANGLES * polar.n_angles
+        n_scores = n_origins * n_psi * max(len(self.points), k)
+        n_coarse = len(engine.known_z) * len(self.widest) * self.coarse.n_angles
+        n_spectra = 2 * polar.n_rings * polar.n_angles * n_origins
         bytes_each = 4 * COPIES * max(n_scores, n_coarse, n_spectra)
-        memory = torch.cuda.get_device_properties(engine.noise_variance.device).total_memory
+        memory = torch.cuda.get_device_properties(self.points.device).total_memory
         return max(1, int(GPU_SHARE * memory / bytes_each))
 
     def _posterior(self, batch: Batch, guess: _Guess) -> Posterior:

@@ -14,7 +14,7 @@ from torch import Tensor
 NEWTON_STEPS = 4
 REVIVAL = 20.0  # a rise by 3 nats after a valley starts a mode of its own
 FARTHEST_Z = 6.0  # standard deviations of the prior
-PAIRS = 8  # antithetic pairs of importance points
+PAIRS = 16  # antithetic pairs of importance points
 INFLATION = 1.25  # of the Gaussian the points are drawn from, so that its tails cover the posterior's
 
 
