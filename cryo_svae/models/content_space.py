@@ -20,16 +20,12 @@ from cryo_svae.models.pose_posterior import ByOrder, Look, normalised, waves
 from cryo_svae.models.refinement import LocalModel
 from cryo_svae.polar import PolarTransform
 
-DRAWS = 256  # contents that the plane is laid through
+DRAWS = 512  # contents that the plane is laid through
+LEFT_OUT = 0.05  # of contents, rms in units of the noise; so many nats scores are off by
 LEAST_SIZE = 1e-6  # of a direction, in units of the largest
-PER_COMPONENT = 2  # vectors of the basis for each component of z, and as many more for two
-BLOCK = 16  # vectors take a processor as long as one
+BLOCK = 16  # vectors, which take a processor as long as one
+BLOCKS_ON_GPU = 6  # always, for a GPU is not waited for
 NEGLIGIBLE_POWER = 1e-6  # of an angular order of a CTF's power, in units of its mean
-
-
-def n_vectors(z_dim: int) -> int:
-    """How many vectors the basis of a content space has."""
-    return min(DRAWS, BLOCK * math.ceil(PER_COMPONENT * (z_dim + 2) / BLOCK))
 
 
 def drawn_z(z_dim: int) -> Float[Tensor, "n d"]:
@@ -61,11 +57,11 @@ class ContentSpace:
         whiten = noise[polar.ring].rsqrt()
         linear = (generator.of_hidden() * whiten).flatten(1).double()
         drawn = (hidden - self._centre).double() @ linear
-        power, across = torch.linalg.eigh(drawn @ drawn.mT)
-        size = power.clamp(min=torch.finfo(power.dtype).tiny).sqrt().flip(0)
-        n_directions = n_vectors(generator.z_dim) - 1
-        kept = across.flip(1)[:, :n_directions] / size[:n_directions].clamp(min=LEAST_SIZE * size[0])
-        directions = kept.mT @ drawn
+        power, across = (values.flip(-1) for values in torch.linalg.eigh(drawn @ drawn.mT))
+        power = power.clamp(min=torch.finfo(power.dtype).tiny)
+        kept = slice(BLOCK * _n_blocks(power / len(drawn)) - 1)
+        size = power.sqrt().clamp(min=LEAST_SIZE * power[0].sqrt())
+        directions = (across / size)[:, kept].mT @ drawn
         self._project = (linear @ directions.mT).float()
         centre = generator.content(self._centre[None])
         self.basis = torch.cat([centre, directions.float().unflatten(1, (2, -1)) / whiten])
@@ -134,6 +130,14 @@ class ContentSpace:
             look.spectra.shape[2],
             look.n_psi,
         )
+
+
+def _n_blocks(power: Float[Tensor, "n"]) -> int:
+    """Blocks of vectors, the centre among them, that leave out little of the power of directions."""
+    if power.device.type == "cuda":
+        return BLOCKS_ON_GPU
+    left_out = power.sum() - power.cumsum(0)
+    return math.ceil((1 + int((left_out > LEFT_OUT**2).sum()) + 1) / BLOCK)
 
 
 def _how_many_matter(power: Complex[Tensor, "b r e"]) -> int:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cryo_svae.geometry import wrap_radians
-from cryo_svae.models.content_space import ContentSpace, drawn_z, n_vectors
+from cryo_svae.models.content_space import ContentSpace, drawn_z
 from cryo_svae.models.engine import Batch, Posterior
 from cryo_svae.models.pose_posterior import ByOrder, disc_of_points, masses, mean_origin
 from cryo_svae.models.refinement import (
@@ -133,7 +133,7 @@ class PosteriorSearch(nn.Module):
         if self._on_gpu:
             return list(torch.arange(len(guess.z)).split(most))
         n_likely, order = torch.sort((guess.near > UNLIKELY).sum(1), stable=True)
-        each = len(self.fine) * max(len(self.points), n_vectors(self.engine.z_dim))
+        each = len(self.fine) * max(len(self.points), len(self._prepared().space.basis))
         pieces, start = [], 0
         for end, width in enumerate(n_likely.tolist(), 1):
             if end == len(order) or end - start == most or (end + 1 - start) * width * each > PIECE:
@@ -168,7 +168,7 @@ class PosteriorSearch(nn.Module):
     def _n_at_once(self) -> int:
         """Particles in a piece."""
         engine, polar = self.engine, self.engine.polar
-        k, n_origins = n_vectors(engine.z_dim), len(self.fine)
+        k, n_origins = len(self._prepared().space.basis), len(self.fine)
         if not self._on_gpu:
             return max(1, PIECE // (2 * polar.n_orders * n_origins * max(polar.n_rings, k)))
         n_psi = FINER_ANGLES * polar.n_angles
@@ -184,13 +184,15 @@ class PosteriorSearch(nn.Module):
         offsets = self.fine * guess.step_px[:, None, None]
         origins = guess.origin[:, None] + offsets
         log_prior = engine.log_prior(origins, guess.step_px)
-        look, _ = engine.look(batch, guess.origin, offsets)
+        look, restored = engine.look(batch, guess.origin, offsets)
         space = self._prepared().space
         angle = self._likely_angles(guess.near)
         sight = space.seen(look, angle)
-        mode, curvature = newton_mode(
-            guess.z, lambda at: sight.local_model(*space.slopes(at), log_prior)
-        )
+        tried = torch.stack([guess.z, engine.encode(restored)[0]], 1)
+        log_weight = -0.5 * tried.square().sum(2)
+        _, mass = masses(sight.scores(space.coordinates(tried), log_prior[:, None] + log_weight[..., None]))
+        better = tried[torch.arange(len(tried), device=tried.device), mass.sum((2, 3)).argmax(1)]
+        mode, curvature = newton_mode(better, lambda at: sight.local_model(*space.slopes(at), log_prior))
         root = root_covariance(curvature - sight.missing_information(*space.slopes(mode), log_prior))
         at = mode[:, None] + self.points @ root.mT
         log_proposal = -0.5 * (self.points / INFLATION).square().sum(1)
