@@ -24,7 +24,7 @@ DRAWS = 512  # contents that the plane is laid through
 LEFT_OUT = 0.05  # of contents, rms in units of the noise; so many nats scores are off by
 LEAST_SIZE = 1e-6  # of a direction, in units of the largest
 BLOCK = 16  # vectors, which take a processor as long as one
-BLOCKS_ON_GPU = 6  # always, for a GPU is not waited for
+BLOCKS_ON_GPU = 4  # always, for a GPU is not waited for
 NEGLIGIBLE_POWER = 1e-6  # of an angular order of a CTF's power, in units of its mean
 
 
@@ -70,12 +70,6 @@ class ContentSpace:
         both = torch.where(torch.arange(n_even, device=noise.device) > 0, 2.0, 1.0)
         # Re sum of x exp(i order psi) over both signs of each even order
         self._half_turns = waves(n_even, n_psi // 2, noise.device) * torch.cat([both, -both])
-        self._upper = torch.triu_indices(len(self.basis), len(self.basis), device=noise.device)
-        self._both_sides = 2.0 - (self._upper[0] == self._upper[1]).float()
-        self._pair_of = torch.empty(len(self.basis), len(self.basis), dtype=torch.long, device=noise.device)
-        pairs = torch.arange(self._upper.shape[1], device=noise.device)
-        self._pair_of[self._upper[0], self._upper[1]] = pairs
-        self._pair_of[self._upper[1], self._upper[0]] = pairs
         self._of_pairs: Tensor | None = None
 
     def coordinates(self, z: Float[Tensor, "*b d"]) -> Float[Tensor, "*b k"]:
@@ -96,16 +90,16 @@ class ContentSpace:
     def _pair_spectra(self, n_even: int) -> Float[Tensor, "e q s"]:
         """Angular correlations of pairs of the basis with what repeats after half a turn.
 
-        For each of the first even orders, real and imaginary parts of each ring in rows q, of each pair in
-        columns s.
+        For each of the first even orders, real and imaginary parts of each ring in rows q; for all pairs
+        real, then imaginary parts of the products in columns s.
         """
         if self._of_pairs is None or len(self._of_pairs) < n_even:
-            samples = self.polar.samples(self.basis).transpose(0, 1)
+            samples = self.polar.samples(self.basis)
             rows = []
-            for ring in samples:  # one at a time: all of them are large
-                here, opposite = ring[self._upper].chunk(2, -1)
-                folded = (here[0] * here[1]).addcmul_(opposite[0], opposite[1])
-                rows.append(torch.fft.rfft(folded)[:, :n_even].mT / samples.shape[-1])
+            for ring in samples.unbind(1):  # one at a time: all of them are large
+                here, opposite = ring.chunk(2, -1)
+                folded = (here[:, None] * here).addcmul_(opposite[:, None], opposite)
+                rows.append(torch.fft.rfft(folded)[..., :n_even].flatten(0, 1).mT / samples.shape[-1])
             spectra = torch.stack(rows, 1)
             real, imag = spectra.real, spectra.imag
             self._of_pairs = torch.cat([torch.cat([real, imag], -1), torch.cat([imag, -real], -1)], 1)
@@ -119,13 +113,11 @@ class ContentSpace:
         n_even = _how_many_matter(power)
         power = power[..., :n_even]
         by_ring = torch.cat([power.real, power.imag], 1).permute(2, 0, 1)
-        energy = by_ring @ self._pair_spectra(n_even)
-        energy = energy.unflatten(-1, (2, -1)).permute(2, 0, 1, 3).flatten(0, 1).transpose(0, 1)
+        energy = (by_ring @ self._pair_spectra(n_even)).unflatten(-1, (2, -1)).permute(1, 2, 0, 3)
         half_turns = self._half_turns.unflatten(1, (2, -1))[..., :n_even].flatten(1)
         return Sight(
-            self,
             inner.unflatten(-1, (-1, len(self.basis))).flatten(1, 2),
-            energy * self._both_sides,
+            energy.flatten(1, 2).unflatten(-1, (len(self.basis), -1)),
             half_turns[angle % len(half_turns)],
             look.spectra.shape[2],
             look.n_psi,
@@ -153,13 +145,13 @@ class Sight:
     """b particles in poses of w angles and t origins, seen from a content space of k coordinates.
 
     inner:      <S_o h y / sigma², R_psi q> of each vector q of the basis (b, w t, k).
-    energy:     <h² R_psi q / sigma², R_psi q'> of each pair (b, e, s), by the waves of psi that it is the sum of.
+    energy:     <h² R_psi q / sigma², R_psi q'> of each two of them (b, e, k, k), by the waves of psi that
+                it is the sum of.
     half_turns: these waves at each angle (b, w, e).
     """
 
-    space: ContentSpace
     inner: Float[Tensor, "b c k"]
-    energy: Float[Tensor, "b e s"]
+    energy: Float[Tensor, "b e k k"]
     half_turns: Float[Tensor, "b w e"]
     n_origins: int
     n_psi: int
@@ -168,9 +160,8 @@ class Sight:
         self, at: Float[Tensor, "b n k"], log_prior: Float[Tensor, "b #n t"]
     ) -> Float[Tensor, "b n w t"]:
         """l(psi, o) + log prior masses of n contents: uniform psi, and those given of the trial origins."""
-        first, second = self.space._upper
-        pairs = at[..., first] * at[..., second]
-        energy = pairs @ self.energy.mT @ self.half_turns.mT
+        by_wave = (at[:, None] @ self.energy).mul_(at[:, None]).sum(-1)
+        energy = by_wave.mT @ self.half_turns.mT
         inner = (at @ self.inner.mT).unflatten(-1, (-1, self.n_origins))
         prior = (log_prior - math.log(self.n_psi))[:, :, None]
         return inner.sub_(0.5 * energy[..., None]).add_(prior)
@@ -182,8 +173,7 @@ class Sight:
         log_evidence, probability = normalised(self.scores(at[:, None], log_prior[:, None])[:, 0])
         aligned = probability.flatten(1)[:, None] @ self.inner
         waves = probability.sum(2)[:, None] @ self.half_turns
-        pairs = (waves @ self.energy)[:, 0] / self.space._both_sides
-        along = slopes @ pairs[:, self.space._pair_of]
+        along = slopes @ (waves @ self.energy.flatten(2)).unflatten(2, self.energy.shape[2:])[:, 0]
         filtered = along @ at[..., None]
         gradient = slopes @ aligned.mT - filtered
         return LocalModel(log_evidence, gradient[..., 0], along @ slopes.mT)

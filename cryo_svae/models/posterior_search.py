@@ -172,7 +172,7 @@ class PosteriorSearch(nn.Module):
         if not self._on_gpu:
             return max(1, PIECE // (2 * polar.n_orders * n_origins * max(polar.n_rings, k)))
         n_psi = FINER_ANGLES * polar.n_angles
-        n_scores = n_origins * n_psi * max(len(self.points), k)
+        n_scores = max(n_origins * n_psi * max(len(self.points), k), polar.n_angles * k**2)
         n_coarse = len(engine.known_z) * len(self.widest) * self.coarse.n_angles
         n_spectra = 2 * polar.n_rings * polar.n_angles * n_origins
         bytes_each = 4 * COPIES * max(n_scores, n_coarse, n_spectra)
