@@ -123,10 +123,10 @@ class PolarTransform(nn.Module):
     n_rings:       rings 0 … n_rings - 1 alone, by default all N/2. A transform of fewer knows
                    coefficients only: images go through the whole one.
 
-    Attributes: ``n_rings``, ``n_orders`` (orders 0 … n_orders - 1), ``n_angles``,
-    ``n_pairs`` P, ``first_ring`` that has each order; buffers ``ring`` and ``order`` (P,) of each pair, ``one_sided`` (P,): 1 of order 0, 1/2
-    of the others, ``mask`` (N, N) and ``noise_dof`` (n_rings,): how many independent real numbers white
-    noise has on each ring.
+    Attributes: ``n_rings``, ``n_orders`` (orders 0 … n_orders - 1), ``first_ring`` that has each order,
+    ``n_angles``, ``n_pairs`` P; buffers ``ring`` and ``order`` (P,) of each pair, ``one_sided`` (P,): 1 of
+    order 0, 1/2 of the others, ``mask`` (N, N) and ``noise_dof`` (n_rings,): how many independent real
+    numbers white noise has on each ring.
     """
 
     ring: Tensor

@@ -106,7 +106,7 @@ class ContentSpace:
         return self._of_pairs[:n_even]
 
     def seen(self, look: Look, angle: Int[Tensor, "b w"]) -> Sight:
-        """What a look shows at some of its rotations, for each trial origin; the others have no probability."""
+        """What a look shows at some of its rotations; the others are taken for impossible."""
         products = self._by_order.products(look.spectra)
         inner = self._by_order.turns[angle] @ products.flatten(2)
         power = torch.fft.rfft(look.power, norm="forward")
@@ -164,7 +164,8 @@ class Sight:
         energy = by_wave.mT @ self.half_turns.mT
         inner = (at @ self.inner.mT).unflatten(-1, (-1, self.n_origins))
         prior = (log_prior - math.log(self.n_psi))[:, :, None]
-        return inner.sub_(0.5 * energy[..., None]).add_(prior)
+        scores: Tensor = inner.sub_(0.5 * energy[..., None]).add_(prior)
+        return scores
 
     def local_model(
         self, at: Float[Tensor, "b k"], slopes: Float[Tensor, "b d k"], log_prior: Float[Tensor, "b t"]
@@ -188,4 +189,5 @@ class Sight:
         probability = normalised(self.scores(at[:, None], log_prior[:, None]))[1].flatten(1)[:, None]
         scores = slopes @ self.inner.mT
         centred = scores.sub_(scores @ probability.mT)
-        return (centred * probability) @ centred.mT
+        information: Tensor = (centred * probability) @ centred.mT
+        return information

@@ -78,11 +78,13 @@ class PolarGenerator(nn.Module):
         """Coefficients from what the last layer is given."""
         weight, bias = self._last()
         relative = nn.functional.linear(hidden, weight, bias).float().view(len(hidden), 2, -1)
-        return relative * self.scale[:, : self.n_pairs] + self.mean[:, : self.n_pairs]
+        content: Tensor = relative * self.scale[:, : self.n_pairs] + self.mean[:, : self.n_pairs]
+        return content
 
     def of_hidden(self) -> Float[Tensor, "h 2 p"]:
         """Derivatives of the coefficients by what the last layer is given."""
-        return self._last()[0].mT.unflatten(1, (2, -1)) * self.scale[:, : self.n_pairs]
+        slopes: Tensor = self._last()[0].mT.unflatten(1, (2, -1)) * self.scale[:, : self.n_pairs]
+        return slopes
 
     def start_prior(self, noise: Float[Tensor, "r"]) -> None:
         """Starts the prior at the data's rms; noise variance of each ring."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from jaxtyping import Complex, Float
@@ -63,9 +64,7 @@ class ByOrder:
         self._to_imag = torch.stack([-imag, real], 2).flatten(1, 2)
         edges = [n * polar.n_orders // ORDER_BLOCKS for n in range(ORDER_BLOCKS + 1)]
         self._blocks = [
-            (slice(start, end), polar.first_ring[start])
-            for start, end in zip(edges[:-1], edges[1:], strict=True)
-            if start < end
+            (slice(start, end), polar.first_ring[start]) for start, end in pairwise(edges) if start < end
         ]
 
     def products(self, spectra: Complex[Tensor, "b o t r"]) -> Float[Tensor, "b m t k"]:
@@ -122,7 +121,8 @@ class Look:
         products = content.products(self.spectra).flatten(2)
         inner = (content.turns.expand(len(products), -1, -1) @ products).amax(1)
         energy = self.power.mean(-1) @ content.power.mT
-        return inner.unflatten(1, (self.spectra.shape[2], -1)).sub_(0.5 * energy[:, None])
+        scores: Tensor = inner.unflatten(1, (self.spectra.shape[2], -1)).sub_(0.5 * energy[:, None])
+        return scores
 
     def energy(self, content: Float[Tensor, "#b k 2 p"]) -> Float[Tensor, "b k n"]:
         """<h² R_psi c / sigma², R_psi c> of k contents for every psi; (b, k, 1) without astigmatism."""

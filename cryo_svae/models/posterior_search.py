@@ -2,8 +2,9 @@
 
 Origins are searched from coarse to fine, at first with contents known from training; then z goes from
 there, or from the encoder's answer, to the mode of p(z | image), the pose summed out, and importance
-points around it give the means, spreads and the evidence. Nothing of the engine is changed, and no
-particle depends on its neighbours.
+points around it give the means, spreads and the evidence. The last two happen in the ``ContentSpace``, on
+a CPU at the rotations alone that may matter. Nothing of the engine is changed, and no particle depends on
+its neighbours.
 """
 
 from __future__ import annotations
@@ -72,13 +73,15 @@ class PosteriorSearch(nn.Module):
     """Finds posteriors of batches of particles for one engine; holds what is the same for all of them.
 
     points:  importance points.
-    coarse:  the transform that origins are first searched with.
+    drawn:   z whose contents the content space is laid through.
+    coarse, outline: transforms of fewer rings, for the first grid of origins and for the next.
     widest, wide, fine: grids of origins of the searches, in steps.
     """
 
     engine: SteerableEngine
     coarse: PolarTransform
     outline: PolarTransform
+    drawn: Tensor
     points: Tensor
     widest: Tensor
     wide: Tensor
@@ -148,9 +151,8 @@ class PosteriorSearch(nn.Module):
     def _prepared(self) -> _Prepared:
         """What is made of the generator; anew whenever it has learned."""
         engine = self.engine
-        tensors = [
-            *engine.generator.parameters(), *engine.generator.buffers(), engine.noise_variance, engine.known_z
-        ]  # fmt: skip
+        tensors = [*engine.generator.parameters(), *engine.generator.buffers()]
+        tensors += [engine.noise_variance, engine.known_z]
         made_of = (self.points.device, *(tensor._version for tensor in tensors))
         if self._kept is None or self._kept[0] != made_of:
             n_psi = FINER_ANGLES * engine.polar.n_angles
@@ -227,8 +229,7 @@ class PosteriorSearch(nn.Module):
         """
         if self._on_gpu:
             return torch.arange(near.shape[1], device=near.device).expand(len(near), -1)
-        n_likely = int((near > UNLIKELY).sum(1).max())
-        return near.topk(n_likely, 1).indices
+        return near.topk(int((near > UNLIKELY).sum(1).max()), 1).indices
 
     def _first_guess(self, batch: Batch) -> _Guess:
         """Where and at which rotations to look, and z to begin with."""
