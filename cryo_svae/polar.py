@@ -293,10 +293,10 @@ class PolarTransform(nn.Module):
                 return self._shifted_spectra_by_product(samples, shifts_px)
         shape = (len(samples), self.n_orders, shifts_px.shape[-2], self.n_rings)
         spectra = samples.new_empty(shape, dtype=torch.complex64)
-        scale = self._doubled[: self.n_orders, None]
-        for t, moved in enumerate(self._moved(samples, shifts_px)):  # one at a time stays in the cache
-            coefficients = torch.fft.rfft(moved)
-            torch.mul(coefficients[..., : self.n_orders].mT, scale, out=spectra[:, :, t])
+        scaled = samples * self._doubled[-1]
+        for t, moved in enumerate(self._moved(scaled, shifts_px)):  # one at a time stays in the cache
+            spectra[:, :, t].copy_(torch.fft.rfft(moved)[..., : self.n_orders].mT)
+        spectra[:, 0] *= self._doubled[0] / self._doubled[-1]
         return spectra
 
     def _moved(

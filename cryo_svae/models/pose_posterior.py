@@ -118,8 +118,11 @@ class Look:
 
     def greatest(self, content: ByOrder) -> Float[Tensor, "b t k"]:
         """The greatest l(psi, o) of all psi, for the same contents and every particle, taken for round."""
-        products = content.products(self.spectra).flatten(2)
-        inner = (content.turns.expand(len(products), -1, -1) @ products).amax(1)
+        real, imag = content.products(self.spectra).flatten(2).chunk(2, 1)
+        half_turn = content.turns[: len(content.turns) // 2 + 1].expand(len(real), -1, -1)
+        cos, sin = half_turn.chunk(2, 2)
+        # the score at psi is the sum of an even and an odd part, that at -psi their difference
+        inner = (cos @ real).add_((sin @ imag).abs_()).amax(1)
         energy = self.power.mean(-1) @ content.power.mT
         scores: Tensor = inner.unflatten(1, (self.spectra.shape[2], -1)).sub_(0.5 * energy[:, None])
         return scores
