@@ -60,9 +60,9 @@ MUTANTS = [
     Mutant(
         "sign of psi, on the steerable engine's grid",
         "models/pose_posterior.py",
-        "by_order = (self.spectra @ conj).permute(0, 3, 2, 1).conj()",
-        "by_order = (self.spectra @ conj).permute(0, 3, 2, 1).clone()",
-        (CALIBRATION,),
+        "return torch.cat([torch.cos(angle), torch.sin(angle)], 1)",
+        "return torch.cat([torch.cos(angle), -torch.sin(angle)], 1)",
+        ("tests/models/test_content_space.py", CALIBRATION),
     ),
     Mutant(
         "rotation before shift",
@@ -74,8 +74,8 @@ MUTANTS = [
     Mutant(
         "sign of the origin, in the polar frame",
         "polar.py",
-        "return samples * torch.cos(alpha) - samples.roll(self.n_angles // 2, -1) * torch.sin(alpha)",
-        "return samples * torch.cos(alpha) + samples.roll(self.n_angles // 2, -1) * torch.sin(alpha)",
+        "torch.mul(here, cos, out=first).addcmul_(opposite, sin, value=-1.0)",
+        "torch.mul(here, cos, out=first).addcmul_(opposite, sin)",
         ("tests/test_polar.py",),
     ),
     Mutant(

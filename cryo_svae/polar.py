@@ -123,10 +123,10 @@ class PolarTransform(nn.Module):
     n_rings:       rings 0 … n_rings - 1 alone, by default all N/2. A transform of fewer knows
                    coefficients only: images go through the whole one.
 
-    Attributes: ``n_rings``, ``n_orders`` (orders 0 … n_orders - 1), ``n_angles``,
-    ``n_pairs`` P; buffers ``ring`` and ``order`` (P,) of each pair, ``one_sided`` (P,): 1 of order 0, 1/2
-    of the others, ``mask`` (N, N) and ``noise_dof`` (n_rings,): how many independent real numbers white
-    noise has on each ring.
+    Attributes: ``n_rings``, ``n_orders`` (orders 0 … n_orders - 1), ``first_ring`` that has each order,
+    ``n_angles``, ``n_pairs`` P; buffers ``ring`` and ``order`` (P,) of each pair, ``one_sided`` (P,): 1 of
+    order 0, 1/2 of the others, ``mask`` (N, N) and ``noise_dof`` (n_rings,): how many independent real
+    numbers white noise has on each ring.
     """
 
     ring: Tensor
@@ -160,6 +160,7 @@ class PolarTransform(nn.Module):
         self.n_angles = fast_length(2 * self.n_orders + beyond)
         ring, order = torch.meshgrid(torch.arange(self.n_rings), torch.arange(self.n_orders), indexing="ij")
         kept = order <= limit[ring]
+        self.first_ring: list[int] = kept.int().argmax(0).tolist()
         order, ring = order[kept], ring[kept]
         self.n_pairs = len(ring)
         area = ring_area(self.n_rings)
@@ -292,13 +293,27 @@ class PolarTransform(nn.Module):
                 return self._shifted_spectra_by_product(samples, shifts_px)
         shape = (len(samples), self.n_orders, shifts_px.shape[-2], self.n_rings)
         spectra = samples.new_empty(shape, dtype=torch.complex64)
-        alpha = self.shift_phase(shifts_px)
-        scale = self._doubled[: self.n_orders, None]
-        for t in range(shape[2]):  # one at a time stays in the processor's cache
-            here = alpha[..., t, :, :]
-            moved = torch.fft.rfft(_turned(samples, torch.cos(here), torch.sin(here)))
-            torch.mul(moved[..., : self.n_orders].mT, scale, out=spectra[:, :, t])
+        scaled = samples * self._doubled[-1]
+        for t, moved in enumerate(self._moved(scaled, shifts_px)):  # one at a time stays in the cache
+            spectra[:, :, t].copy_(torch.fft.rfft(moved)[..., : self.n_orders].mT)
+        spectra[:, 0] *= self._doubled[0] / self._doubled[-1]
         return spectra
+
+    def _moved(
+        self, samples: Float[Tensor, "b r a"], shifts_px: Float[Tensor, "t 2"] | Float[Tensor, "b t 2"]
+    ) -> Iterator[Float[Tensor, "b r a"]]:
+        """Samples of images moved by each of t shifts."""
+        if shifts_px.ndim == 2:
+            for here in self.shift_phase(shifts_px):
+                yield _turned(samples, torch.cos(here), torch.sin(here))
+            return
+        # first along x, then along y: points of a grid have few of each, and sines take long
+        along_x, along_y = _Waves(self, 0), _Waves(self, 1)
+        before: Tensor | None = None
+        for x, y in shifts_px.permute(1, 2, 0):
+            if before is None or not torch.equal(x, before):
+                before, halfway = x, _turned(samples, *along_x.of(x))
+            yield _turned(halfway, *along_y.of(y))
 
     def _shifted_spectra_by_product(
         self, samples: Float[Tensor, "b r a"], shifts_px: Float[Tensor, "t 2"] | Float[Tensor, "b t 2"]
@@ -315,6 +330,30 @@ class PolarTransform(nn.Module):
         planes = torch.bmm(self._fourier.expand(len(samples), -1, -1), columns.mT)
         real, imag = planes.unflatten(-1, (-1, self.n_rings)).chunk(2, 1)
         return torch.complex(real, imag)
+
+
+class _Waves:
+    """cos alpha and sin alpha of shifts along one axis, those known already without computing them."""
+
+    def __init__(self, polar: PolarTransform, axis: int) -> None:
+        self._polar, self._axis = polar, axis
+        self._known: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def of(self, shift_px: Float[Tensor, "b"]) -> tuple[Float[Tensor, "b r h"], Float[Tensor, "b r h"]]:
+        """Those of shifts of each particle along the axis."""
+        for known, cos, sin in self._known:
+            if torch.equal(known, shift_px):
+                return cos, sin
+        opposite = [(cos, -sin) for known, cos, sin in self._known if torch.equal(known, -shift_px)]
+        if opposite:
+            cos, sin = opposite[0]
+        else:
+            both = shift_px.new_zeros(len(shift_px), 2)
+            both[:, self._axis] = shift_px
+            alpha = self._polar.shift_phase(both)
+            cos, sin = torch.cos(alpha), torch.sin(alpha)
+        self._known.append((shift_px, cos, sin))
+        return cos, sin
 
 
 @contextmanager

@@ -105,6 +105,18 @@ def test_trial_shifts_by_products_are_those_by_fourier_transforms(shape):
     torch.testing.assert_close(by_product, by_transform, atol=2e-5, rtol=1e-4)
 
 
+def test_shifts_of_each_particle_s_own_are_those_made_one_by_one():
+    """Along x, then along y, with waves used again: points of grids of different steps, and others."""
+    polar = PolarTransform(16, 7.0, 3.0)
+    samples = polar.samples(polar(torch.randn(3, 16, 16)))
+    grid = torch.cartesian_prod(torch.arange(-1, 2), torch.arange(-1, 2)).float()
+    shifts = torch.cat([torch.tensor([0.3, 0.7, 1.1])[:, None, None] * grid, torch.randn(3, 2, 2)], 1)
+    found = polar.shifted_spectra(samples, shifts)
+    for t in range(shifts.shape[1]):
+        moved = polar.spectra(polar.shift(samples, shifts[:, t]))[..., : polar.n_orders]
+        torch.testing.assert_close(found[:, :, t], moved.mT, atol=1e-5, rtol=1e-4)
+
+
 def test_rings_are_summed_over_their_pairs():
     polar = PolarTransform(BOX, BOX / 2, 4.0)
     sums = polar.ring_sum(torch.ones(2, polar.n_pairs))

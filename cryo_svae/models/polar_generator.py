@@ -34,7 +34,7 @@ class PolarGenerator(nn.Module):
 
     def __init__(self, polar: PolarTransform, z_dim: int) -> None:
         super().__init__()
-        self.n_pairs = polar.n_pairs
+        self.z_dim, self.n_pairs = z_dim, polar.n_pairs
         last = nn.Linear(HIDDEN, 2 * polar.n_pairs)
         with torch.no_grad():
             last.weight.mul_(FIRST_CONTRAST)
@@ -51,14 +51,20 @@ class PolarGenerator(nn.Module):
 
     def forward(self, z: Float[Tensor, "b d"]) -> Float[Tensor, "b 2 p"]:
         """Coefficients of each z, in the reference's frame and without CTF."""
-        weight, bias = self._last()
-        relative = nn.functional.linear(self.layers(z), weight, bias).float().view(len(z), 2, -1)
-        return relative * self.scale[:, : self.n_pairs] + self.mean[:, : self.n_pairs]
+        return self.content(self.layers(z))
 
     def along(
         self, z: Float[Tensor, "b d"], directions: Float[Tensor, "k b d"]
     ) -> tuple[Float[Tensor, "b 2 p"], Float[Tensor, "k b 2 p"]]:
         """Coefficients of each z, and their derivatives along k directions (forward mode)."""
+        hidden, slope = self.hidden_along(z, directions)
+        by_hidden = (slope @ self._last()[0].mT).unflatten(-1, (2, -1))
+        return self.content(hidden), by_hidden * self.scale[:, : self.n_pairs]
+
+    def hidden_along(
+        self, z: Float[Tensor, "b d"], directions: Float[Tensor, "k b d"]
+    ) -> tuple[Float[Tensor, "b h"], Float[Tensor, "k b h"]]:
+        """What the last layer is given for each z, and its derivatives along k directions."""
         value, slope = z, directions
         for layer in self.layers:
             if isinstance(layer, nn.Linear):
@@ -66,10 +72,19 @@ class PolarGenerator(nn.Module):
             else:  # SiLU: x s(x), whose derivative is s + x s (1 - s)
                 gate = torch.sigmoid(value)
                 value, slope = value * gate, slope * (gate * (1.0 + value * (1.0 - gate)))
+        return value, slope
+
+    def content(self, hidden: Float[Tensor, "b h"]) -> Float[Tensor, "b 2 p"]:
+        """Coefficients from what the last layer is given."""
         weight, bias = self._last()
-        scale, mean = self.scale[:, : self.n_pairs], self.mean[:, : self.n_pairs]
-        content = nn.functional.linear(value, weight, bias).view(len(z), 2, -1) * scale + mean
-        return content, (slope @ weight.mT).view(len(directions), len(z), 2, -1) * scale
+        relative = nn.functional.linear(hidden, weight, bias).float().view(len(hidden), 2, -1)
+        content: Tensor = relative * self.scale[:, : self.n_pairs] + self.mean[:, : self.n_pairs]
+        return content
+
+    def of_hidden(self) -> Float[Tensor, "h 2 p"]:
+        """Derivatives of the coefficients by what the last layer is given."""
+        slopes: Tensor = self._last()[0].mT.unflatten(1, (2, -1)) * self.scale[:, : self.n_pairs]
+        return slopes
 
     def start_prior(self, noise: Float[Tensor, "r"]) -> None:
         """Starts the prior at the data's rms; noise variance of each ring."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from jaxtyping import Complex, Float
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from cryo_svae.polar import PolarTransform
 
+ORDER_BLOCKS = 4  # orders are multiplied in blocks, for the high ones have fewer rings
 LOG_NEGLIGIBLE = math.log(1e-12)  # of a probability; much smaller ones are denormal numbers, and slow
 
 
@@ -43,6 +45,46 @@ class PosePosterior:
     kl: Float[Tensor, "b"]
     aligned: Float[Tensor, "b 2 p"]
     filtered: Float[Tensor, "b 2 p"]
+
+
+class ByOrder:
+    """k contents, arranged to be multiplied with the data of many particles.
+
+    power: of each content on each ring (k, r).
+    turns: waves of n_psi rotations, of which products are the coefficients (n, m).
+    """
+
+    def __init__(self, polar: PolarTransform, content: Float[Tensor, "k 2 p"], n_psi: int) -> None:
+        self.power = polar.ring_sum(content.square().sum(1))
+        self.turns = waves(polar.n_orders, n_psi, content.device)
+        by_order = polar.by_order(content).permute(1, 2, 0)
+        real, imag = by_order.real, by_order.imag
+        # by the conjugate, of data with its real and imaginary parts side by side
+        self._to_real = torch.stack([real, imag], 2).flatten(1, 2)
+        self._to_imag = torch.stack([-imag, real], 2).flatten(1, 2)
+        edges = [n * polar.n_orders // ORDER_BLOCKS for n in range(ORDER_BLOCKS + 1)]
+        self._blocks = [
+            (slice(start, end), polar.first_ring[start]) for start, end in pairwise(edges) if start < end
+        ]
+
+    def products(self, spectra: Complex[Tensor, "b o t r"]) -> Float[Tensor, "b m t k"]:
+        """Real parts, then imaginary ones, of each order's products, summed over the rings."""
+        n, n_orders, n_origins, _ = spectra.shape
+        k = self._to_real.shape[-1]
+        data = torch.view_as_real(spectra).transpose(0, 1).reshape(n_orders, n * n_origins, -1)
+        products = data.new_empty(2, n_orders, n * n_origins, k)
+        for orders, first in self._blocks:
+            rows = data[orders, :, 2 * first :]
+            torch.bmm(rows, self._to_real[orders, 2 * first :], out=products[0, orders])
+            torch.bmm(rows, self._to_imag[orders, 2 * first :], out=products[1, orders])
+        return products.view(2 * n_orders, n, n_origins, k).transpose(0, 1)
+
+
+def waves(n_orders: int, n_psi: int, device: torch.device) -> Float[Tensor, "n m"]:
+    """cos m psi_j, then sin m psi_j, of orders m in columns and angles psi_j = 2 pi j / n_psi in rows."""
+    turn = torch.arange(n_psi, device=device)[:, None] * torch.arange(n_orders, device=device) % n_psi
+    angle = 2.0 * math.pi / n_psi * turn
+    return torch.cat([torch.cos(angle), torch.sin(angle)], 1)
 
 
 @dataclass(frozen=True)
@@ -70,14 +112,19 @@ class Look:
         """<S_o h y / sigma², R_psi c> of k contents for every trial origin o and psi."""
         # irfft takes each order above 0 for two
         one_sided = torch.conj_physical(self.polar.by_order(content * self.polar.one_sided))
-        n, n_orders, n_origins, n_rings = self.spectra.shape
-        if len(content) == n:
-            by_order = (self.spectra @ one_sided.permute(0, 2, 3, 1)).permute(0, 3, 2, 1)
-        else:  # the same for all particles: one large product for each order
-            together = self.spectra.transpose(0, 1).reshape(n_orders, n * n_origins, n_rings)
-            product = together @ one_sided[0].permute(1, 2, 0)
-            by_order = product.view(n_orders, n, n_origins, -1).permute(1, 3, 2, 0)
+        by_order = (self.spectra @ one_sided.permute(0, 2, 3, 1)).permute(0, 3, 2, 1)
         scores: Tensor = torch.fft.irfft(by_order.conj(), n=self.n_psi, norm="forward")
+        return scores
+
+    def greatest(self, content: ByOrder) -> Float[Tensor, "b t k"]:
+        """The greatest l(psi, o) of all psi, for the same contents and every particle, taken for round."""
+        real, imag = content.products(self.spectra).flatten(2).chunk(2, 1)
+        half_turn = content.turns[: len(content.turns) // 2 + 1].expand(len(real), -1, -1)
+        cos, sin = half_turn.chunk(2, 2)
+        # the score at psi is the sum of an even and an odd part, that at -psi their difference
+        inner = (cos @ real).add_((sin @ imag).abs_()).amax(1)
+        energy = self.power.mean(-1) @ content.power.mT
+        scores: Tensor = inner.unflatten(1, (self.spectra.shape[2], -1)).sub_(0.5 * energy[:, None])
         return scores
 
     def energy(self, content: Float[Tensor, "#b k 2 p"]) -> Float[Tensor, "b k n"]:

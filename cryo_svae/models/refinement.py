@@ -14,7 +14,7 @@ from torch import Tensor
 NEWTON_STEPS = 4
 REVIVAL = 20.0  # a rise by 3 nats after a valley starts a mode of its own
 FARTHEST_Z = 6.0  # standard deviations of the prior
-PAIRS = 8  # antithetic pairs of importance points
+PAIRS = 16  # antithetic pairs of importance points
 INFLATION = 1.25  # of the Gaussian the points are drawn from, so that its tails cover the posterior's
 
 
@@ -60,7 +60,7 @@ def root_covariance(information: Float[Tensor, "b d d"]) -> Float[Tensor, "b d d
     """A matrix R with R Rᵀ = (information + I)⁻¹: the posterior covariance under the prior N(0, I)."""
     values, vectors = torch.linalg.eigh(information)
     # Less information than none is a ripple of the noise.
-    root: Tensor = vectors * (1.0 + values.clamp(min=0.0)).rsqrt()[:, None, :]
+    root: Tensor = (vectors * (1.0 + values.clamp(min=0.0)).rsqrt()[:, None, :]) @ vectors.mT
     return root
 
 
