@@ -29,6 +29,7 @@ from cryo_svae.config import (
 )
 from cryo_svae.errors import InputError, TrainingError
 from cryo_svae.estimation import EstimateTable
+from cryo_svae.extent import found_diameter_angst
 from cryo_svae.images import ImageSource
 from cryo_svae.models import CONFIG_CLASSES, ENGINES
 from cryo_svae.models.engine import TrainingDefaults
@@ -83,6 +84,7 @@ def plan_training(settings: Mapping[str, Any], particles: ParticleSet, source: s
     config.refuse_misplaced(settings, config_class, CONFIG_CLASSES, of_model.engine)
     preparation = plan_preparation(particles, of_images, engine_class.largest_box_px)
     pixel_size_angst = preparation.pixel_size_angst
+    use_ctf = particles.ctf is not None if of_images.ctf is None else of_images.ctf
     if of_images.ctf and particles.ctf is None:
         raise InputError(
             "--ctf",
@@ -90,6 +92,12 @@ def plan_training(settings: Mapping[str, Any], particles: ParticleSet, source: s
             expected="rlnDefocusU and its companions",
             remedy="leave --ctf out, or estimate the CTF first.",
         )
+    if of_images.mask_diameter is None:
+        device = pick_device(of_compute.device)
+        diameter = found_diameter_angst(ImageSource(particles), preparation, use_ctf, device)
+        if diameter is not None:
+            preparation = dataclasses.replace(preparation, mask_diameter_angst=diameter)
+            log.info(f"particles fit a circle of {diameter:.0f} Å, by their images (else --mask-diameter)")
     defaults = engine_class.training_defaults
     epochs, batch_size = of_training.epochs, of_training.batch_size
     if epochs is None:
@@ -101,7 +109,7 @@ def plan_training(settings: Mapping[str, Any], particles: ParticleSet, source: s
         "box": preparation.box_px,
         "invert": preparation.invert,
         "mask_diameter": preparation.mask_diameter_angst,
-        "ctf": particles.ctf is not None,
+        "ctf": use_ctf,
         "max_shift": MAX_SHIFT_SHARE_OF_BOX * preparation.box_px * pixel_size_angst,
         "epochs": epochs,
         "batch_size": batch_size,

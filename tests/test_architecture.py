@@ -18,6 +18,7 @@ LAYERS = [
     {"particles", "models"},
     {"doubts", "images", "job_classes", "picks", "pieces", "recording", "simulate", "conversion"},
     {"preprocessing"},
+    {"extent"},
     {"store", "checkpoint"},
     {"training", "estimation"},
     {"averages", "class_averages", "export", "job", "latent", "montage", "report", "selection"},

@@ -211,7 +211,7 @@ class Look:
             power = self._mean_power(probability.sum(1))
             weighted = (power * samples.unflatten(-1, (2, -1))).flatten(2)
             products = weighted @ samples.flatten(2).mT / samples.shape[-1]  # Parseval
-        aligned = self._aligned(probability).flatten(1)
+        aligned = self.aligned(probability).flatten(1)
         gradient = (slopes.flatten(2) @ aligned[..., None])[..., 0] - products[:, 1:, 0]
         return log_evidence, gradient, products[:, 1:, 1:]
 
@@ -226,7 +226,7 @@ class Look:
         )
         return probability, log_evidence
 
-    def _aligned(self, probability: Float[Tensor, "b t n"]) -> Float[Tensor, "b 2 p"]:
+    def aligned(self, probability: Float[Tensor, "b t n"]) -> Float[Tensor, "b 2 p"]:
         """Posterior mean of the filtered data, centred and turned into the reference's frame."""
         turn = torch.fft.rfft(probability)[..., : self.spectra.shape[1]]
         aligned = turn.permute(0, 2, 1)[:, :, None] @ self.spectra
@@ -240,7 +240,7 @@ class Look:
         log_ratio = (probability * (joint - log_prior[..., None])).sum((1, 2)) + math.log(self.n_psi)
         filtered = self.filtered(content[:, None], probability.sum(1))[:, 0]
         return PosePosterior(
-            log_evidence, probability, log_ratio - log_evidence, self._aligned(probability), filtered
+            log_evidence, probability, log_ratio - log_evidence, self.aligned(probability), filtered
         )
 
 

@@ -51,12 +51,14 @@ class _Guess(NamedTuple):
     z:       (b, d).
     step_px: between the origins to look at (b,).
     near:    probability of each rotation, or of a neighbour if that is likelier (b, n).
+    left:    power of each ring that content does not explain, in units of the set's noise (b, r).
     """
 
     origin: Tensor
     z: Tensor
     step_px: Tensor
     near: Tensor
+    left: Tensor
 
 
 class _Prepared(NamedTuple):
@@ -186,7 +188,8 @@ class PosteriorSearch(nn.Module):
         offsets = self.fine * guess.step_px[:, None, None]
         origins = guess.origin[:, None] + offsets
         log_prior = engine.log_prior(origins, guess.step_px)
-        look, restored = engine.look(batch, guess.origin, offsets)
+        weight = engine.own.weight(guess.left)
+        look, restored = engine.look(batch, guess.origin, offsets, weight=weight)
         space = self._prepared().space
         angle = self._likely_angles(guess.near)
         sight = space.seen(look, angle)
@@ -202,9 +205,9 @@ class PosteriorSearch(nn.Module):
         top, mass = masses(sight.scores(space.coordinates(at), log_prior[:, None] + log_weight[..., None]))
         of_point = mass.sum((2, 3))
         total = of_point.sum(1, keepdim=True)
-        weight, probability = of_point / total, mass.sum(1) / total[..., None]
-        z_mean = (weight[..., None] * at).sum(1)
-        z_variance = (weight[..., None] * (at - z_mean[:, None]).square()).sum(1)
+        share, probability = of_point / total, mass.sum(1) / total[..., None]
+        z_mean = (share[..., None] * at).sum(1)
+        z_variance = (share[..., None] * (at - z_mean[:, None]).square()).sum(1)
         volume = torch.linalg.slogdet(root).logabsdet + engine.z_dim * math.log(INFLATION)
         log_evidence = top + torch.log(total[:, 0]) - math.log(len(self.points)) + volume
         of_angle = probability.new_zeros(len(angle), look.n_psi).scatter(1, angle, probability.sum(2))
@@ -217,8 +220,10 @@ class PosteriorSearch(nn.Module):
             psi_std_rad=psi_std,
             origin_px=origin,
             origin_std_px=origin_variance.sqrt(),
-            figure_of_merit=2.0 * log_evidence / engine.signal_energy.clamp(min=1.0),
-            log_likelihood=engine.empty_image(batch) + log_evidence,
+            figure_of_merit=2.0
+            * (log_evidence - engine.own.misfit(guess.left))
+            / engine.signal_energy.clamp(min=1.0),
+            log_likelihood=engine.empty_image(engine.ring_power(batch), weight) + log_evidence,
             second_mode=second_mode,
         )
 
@@ -234,31 +239,32 @@ class PosteriorSearch(nn.Module):
     def _first_guess(self, batch: Batch) -> _Guess:
         """Where and at which rotations to look, and z to begin with."""
         engine = self.engine
-        here, z = self._coarse_search(batch)
+        left = engine.ring_power(batch) / engine.noise_variance
+        here, z = self._coarse_search(batch, engine.own.weight(left))
         step_px = torch.full_like(here[:, 0], COARSE_STEP_PX / 2.0 if engine.shifts else 0.0)
+        guess = _Guess(here, z, step_px, torch.ones_like(here[:, :1]), left)
         if engine.shifts:
-            guess = self._look_around(batch, here, z, step_px, self.outline, COARSE_STEP_PX / 4.0)
-            here, z, step_px = guess.origin, guess.z, guess.step_px
-        return self._look_around(batch, here, z, step_px, engine.polar, FINE_STEP_PX[0])
+            guess = self._look_around(batch, guess, self.outline, COARSE_STEP_PX / 4.0)
+        return self._look_around(batch, guess, engine.polar, FINE_STEP_PX[0])
 
     def _look_around(
         self,
         batch: Batch,
-        here: Float[Tensor, "b 2"],
-        z: Float[Tensor, "b d"],
-        step_px: Float[Tensor, "b"],
+        guess: _Guess,
         polar: PolarTransform,
         finest_px: float,
     ) -> _Guess:
         """A better guess from origins on a disc in steps.
 
-        z is, where all rings are looked at, the encoder's if that explains the particle better.
+        Where all rings are looked at, z is the encoder's if that explains the particle better, and what
+        is left unexplained is found.
         """
-        engine = self.engine
-        offsets = self.wide * step_px[:, None, None]
-        origins = here[:, None] + offsets
-        look, restored = engine.look(batch, here, offsets, polar, rounded=True)
-        log_prior = engine.log_prior(origins, step_px)
+        engine, z = self.engine, guess.z
+        offsets = self.wide * guess.step_px[:, None, None]
+        origins = guess.origin[:, None] + offsets
+        weight = engine.own.weight(guess.left)
+        look, restored = engine.look(batch, guess.origin, offsets, polar, weight, rounded=True)
+        log_prior = engine.log_prior(origins, guess.step_px)
         tried = z[:, None]
         if polar is engine.polar:
             tried = torch.stack([z, engine.encode(restored)[0]], 1)
@@ -270,19 +276,30 @@ class PosteriorSearch(nn.Module):
         mass = mass / mass.sum((1, 2), keepdim=True)
         of_origin = mass.sum(2)
         origin, variance = mean_origin(of_origin, origins)
+        left = guess.left
+        if polar is engine.polar:
+            content = content[row, best]
+            filtered = look.filtered(content[:, None], mass.sum(1))[:, 0]
+            left = engine.unexplained(
+                engine.ring_power(batch), content, look.aligned(mass), filtered, weight
+            )
+            left = left / engine.noise_variance
         return _Guess(
             engine.within_reach(origin),
             tried[row, best],
             (STEP_STD * variance.sqrt()).clamp(finest_px, FINE_STEP_PX[1]),
             _greatest_near(mass.sum(1)),
+            left,
         )
 
-    def _coarse_search(self, batch: Batch) -> tuple[Float[Tensor, "b 2"], Float[Tensor, "b d"]]:
+    def _coarse_search(
+        self, batch: Batch, weight: Float[Tensor, "b k"]
+    ) -> tuple[Float[Tensor, "b 2"], Float[Tensor, "b d"]]:
         """The best of a grid over the whole disc of origins, and of the known contents."""
         engine = self.engine
         offsets = self.widest * COARSE_STEP_PX
         centre = offsets.new_zeros(len(batch), 2)
-        look, _ = engine.look(batch, centre, offsets, self.coarse, rounded=True)
+        look, _ = engine.look(batch, centre, offsets, self.coarse, weight, rounded=True)
         log_prior = engine.log_prior(offsets[None], COARSE_STEP_PX)
         _, chance = masses(look.greatest(self._prepared().known) + log_prior[..., None])
         return offsets[chance.sum(2).argmax(1)], engine.known_z[chance.sum(1).argmax(1)]

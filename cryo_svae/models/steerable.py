@@ -8,6 +8,7 @@ a grid (all angles, times origins around the particle's current one) and z sampl
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from cryo_svae.models.engine import (
     own_precision,
 )
 from cryo_svae.models.invariant_encoder import InvariantEncoder
+from cryo_svae.models.own_noise import OwnNoise
 from cryo_svae.models.polar_generator import PolarGenerator
 from cryo_svae.models.pose_posterior import Look, PosePosterior, disc_of_points, mean_origin
 from cryo_svae.models.posterior_search import FINER_ANGLES, PosteriorSearch
@@ -51,6 +53,8 @@ CONTENTS = 3  # independent images that the set's content is priced as, by its p
 KNOWN = 64  # contents kept, with which new particles are first compared
 KNOWN_ANEW = 2  # of them taken from each batch
 NEAR_RINGS = 5  # over which the generator's scale is smoothed
+SAMPLED = 4096  # particles whose noise is found before anything else
+ROUNDS = 12  # of weights by the noise and noise by the weights
 LEAST_CTF_POWER = 0.01  # mean square of the CTF; rings that let less through are taken as this
 
 
@@ -84,6 +88,7 @@ class SteerableEngine(Engine):
     shift_variance: of each component of the origin, px².
     signal_energy:  running average of <h² c / sigma², c>, the log evidence scale of a particle.
     origin_px:      current origin of each training particle (n, 2).
+    own_weight:     weights of each training particle in bands of rings (n, k), see ``own_noise``.
     compared:       1 for rings within the bounds of resolution (r,), 0 for the others.
     level:          coefficients of the soft disc itself (2, p); the imaginary ones are 0.
     mean_level:     of the training images, in units of the disc.
@@ -103,7 +108,7 @@ class SteerableEngine(Engine):
         batch_bytes=350,
     )
     largest_box_px: ClassVar[int] = 128
-    tables: ClassVar[tuple[str, ...]] = ("origin_px",)
+    tables: ClassVar[tuple[str, ...]] = ("origin_px", "own_weight")
 
     compared: Tensor
     level: Tensor
@@ -115,6 +120,7 @@ class SteerableEngine(Engine):
     signal_power: Tensor
     signal_energy: Tensor
     origin_px: Tensor
+    own_weight: Tensor
     known_z: Tensor
     kl_weight: Tensor
     search_step_px: Tensor
@@ -147,6 +153,8 @@ class SteerableEngine(Engine):
         self.register_buffer("signal_power", torch.zeros(self.full.n_rings))
         self.register_buffer("signal_energy", torch.tensor(1.0))
         self.register_buffer("origin_px", torch.zeros(0, 2))
+        self.own = OwnNoise(self.compared * self.noise_dof)
+        self.register_buffer("own_weight", torch.ones(0, self.own.n_bands))
         self.register_buffer("known_z", torch.randn(KNOWN, z_dim))
         self.register_buffer("kl_weight", torch.tensor(1.0), persistent=False)
         self.register_buffer("search_step_px", torch.tensor(FINEST_STEP_PX), persistent=False)
@@ -158,6 +166,10 @@ class SteerableEngine(Engine):
         table = state_dict.get(prefix + "origin_px")
         if table is not None:  # as many rows as the particles it was trained on
             self.origin_px = self.origin_px.new_zeros(table.shape)
+            self.own_weight = self.own_weight.new_ones(len(table), self.own.n_bands)
+            state_dict.setdefault(
+                prefix + "own_weight", self.own_weight
+            )  # not in models of earlier versions
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._look_as_far_as(int(self.n_rings))
 
@@ -171,26 +183,35 @@ class SteerableEngine(Engine):
         polar, ring = self.polar, self.polar.ring
         power, passed = torch.zeros_like(self.noise_variance), torch.zeros_like(self.noise_variance)
         plain, total = torch.zeros_like(self.generator.mean), torch.zeros_like(self.generator.mean)
-        level, through, n = torch.zeros_like(self.mean_level), torch.zeros_like(passed), 0
+        level, n = torch.zeros_like(self.mean_level), 0
+        through, trusted = torch.zeros_like(passed), torch.zeros_like(passed)
         self.mean_level.zero_()
-        for batch in batches:
+        self.own_weight = self.own_weight.new_ones(n_particles, self.own.n_bands)
+        sample = list(self._sampled(batches))
+        self._start_noise(sample)
+        for batch in itertools.chain(sample, batches):
             own = slice(batch.n_own)
             ctf, image = self._ctf(batch, polar).mean(-1)[own], self._seen(batch, polar)[own]
+            weight = self.own.weight(self.ring_power(batch)[own] / self.noise_variance)
+            self.own_weight[batch.index[own]] = weight
+            trust = self.own.of_rings(weight, polar.n_rings)
+            believed = image * trust[:, None, ring]
             level += self._levels(batch)[own].sum()
-            plain += image.sum(0)
-            power += self.polar.ring_sum(image.square().sum((0, 1)))
-            passed += ctf.square().sum(0)
-            through += ctf.sum(0)
-            total += (image * ctf[:, None, ring]).sum(0)
+            plain += believed.sum(0)
+            power += polar.ring_sum((image * believed).sum((0, 1)))
+            passed += (trust * ctf.square()).sum(0)
+            through += (trust * ctf).sum(0)
+            trusted += trust.sum(0)
+            total += (believed * ctf[:, None, ring]).sum(0)
             n += batch.n_whole
-        sums = distributed.totals(power, passed, total, plain, level, through)
-        power, passed, total, plain, level, through = sums
+        sums = distributed.totals(power, passed, total, plain, level, through, trusted)
+        power, passed, total, plain, level, through, trusted = sums
         self.mean_level.copy_(level / n)
         # so far the images were summed without any level
         risen = self.mean_level * self.level[0]
-        power = power + self.polar.ring_sum(2.0 * risen * plain[0] + n * risen.square())
+        power = power + polar.ring_sum(2.0 * risen * plain[0] + trusted[ring] * risen.square())
         total[0] += risen * through[ring]
-        self.noise_variance.copy_((power / (n * self.noise_dof)).clamp(min=1e-6))
+        self.noise_variance.copy_(self.own.variance(power, trusted, self.noise_dof))
         # Before its CTF, content is as much larger as the CTF is small.
         passed = passed.clamp(min=LEAST_CTF_POWER * n)
         unturned = (polar.order == 0).float()
@@ -211,6 +232,22 @@ class SteerableEngine(Engine):
         self.generator.start_prior(self.noise)
         self.origin_px = self.origin_px.new_zeros(n_particles, 2)
         self._look_as_far_as(self.first_rings)
+
+    def _sampled(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The first batches, of ``SAMPLED`` particles in all."""
+        n = 0
+        while n < SAMPLED and (batch := next(batches, None)) is not None:
+            n += batch.n_whole
+            yield batch
+
+    def _start_noise(self, sample: list[Batch]) -> None:
+        """Noise variance that is not bent by a few strong outliers, no content known yet."""
+        power = torch.cat([self.ring_power(batch)[: batch.n_own] for batch in sample])
+        trust = torch.ones_like(power)
+        for _ in range(ROUNDS):
+            total, trusted = distributed.totals((trust * power).sum(0), trust.sum(0))
+            self.noise_variance.copy_(self.own.variance(total, trusted, self.noise_dof))
+            trust = self.own.of_rings(self.own.weight(power / self.noise_variance), power.shape[1])
 
     def begin_epoch(self, epoch: int, n_epochs: int) -> None:
         """KL weight, step of the origin search from the prior's width down to ``FINEST_STEP_PX``, rings."""
@@ -257,7 +294,8 @@ class SteerableEngine(Engine):
         """Bound per particle; moves the particles' origins and, while training, the running averages."""
         with torch.no_grad(), own_precision(batch.image):
             here, offsets = self._trial_origins(batch.index)
-            look, restored = self.look(batch, here, offsets, rounded=self.training)
+            weight, power = self.own_weight[batch.index], self.ring_power(batch)
+            look, restored = self.look(batch, here, offsets, weight=weight, rounded=self.training)
         mean, log_std = self.encode(restored)
         origins = here[:, None] + offsets
         log_prior = self.log_prior(origins, self.search_step_px)
@@ -267,10 +305,13 @@ class SteerableEngine(Engine):
             pose = look.posterior(content, log_prior)
             expected = ((pose.aligned - 0.5 * pose.filtered) * content).sum((1, 2))
             residual = pose.aligned - pose.filtered
+            unexplained = self.unexplained(power, content, pose.aligned, pose.filtered, weight)
             if self.training:
-                self._learn(batch, content, pose, origins)
+                self._learn(batch, content, pose, origins, weight, unexplained)
                 self.known_z.copy_(torch.cat([self.known_z, batch.first(mean, KNOWN_ANEW)])[-KNOWN:])
             self._move(batch, pose, origins)
+            own = slice(batch.n_own)
+            self.own_weight[batch.index[own]] = self.own.weight(unexplained[own] / self.noise_variance)
         # The value is ``expected``; the gradient is that of the log evidence (see pose_posterior), and
         # of the log prior of the content.
         if self.training:
@@ -278,7 +319,7 @@ class SteerableEngine(Engine):
             residual = residual - self.generator.prior_pull(content.detach(), self.noise, price)
         slope = (residual * (content - content.detach())).sum((1, 2))
         kl_z = 0.5 * (mean.square() + torch.exp(2.0 * log_std) - 1.0 - 2.0 * log_std).sum(-1)
-        return ElboTerms(self.empty_image(batch) + expected + slope, kl_z, pose.kl.clamp(min=0.0))
+        return ElboTerms(self.empty_image(power, weight) + expected + slope, kl_z, pose.kl.clamp(min=0.0))
 
     @torch.no_grad()
     def _improvement(
@@ -369,21 +410,24 @@ class SteerableEngine(Engine):
         here: Float[Tensor, "b 2"],
         offsets: Float[Tensor, "*each t 2"],
         polar: PolarTransform | None = None,
+        weight: Float[Tensor, "b k"] | None = None,
         rounded: bool = False,
     ) -> tuple[Look, Float[Tensor, "b 2 p"]]:
         """Particles at trial origins here + offsets; and centred at ``here`` for the encoder.
 
-        A coarser ``polar`` than the engine's looks at fewer rings; ``rounded`` as in its
-        ``shifted_spectra``. The encoder is shown y / sigma
-        (noise of variance 1) with its CTF undone as far as the ring's signal-to-noise ratio allows
-        (Wiener).
+        A coarser ``polar`` than the engine's looks at fewer rings; ``weight`` is that of each particle's
+        own noise, by default 1; ``rounded`` as in the transform's ``shifted_spectra``. The encoder is
+        shown y / sigma (noise of variance 1) with its CTF undone as far as the ring's signal-to-noise
+        ratio allows (Wiener).
         """
         polar = self.polar if polar is None else polar
-        ring, noise = polar.ring, self.noise_variance[: polar.n_rings, None]
+        ring, variance = polar.ring, self.noise_variance[: polar.n_rings, None]
+        trust = 1.0 if weight is None else self.own.of_rings(weight, polar.n_rings)[..., None]
+        noise = variance / trust
         images, ctf = self._seen(batch, polar), self._ctf(batch, polar)
         by_variance = ctf / noise
         power = ctf * by_variance
-        snr = (self.signal_power[: polar.n_rings, None] / noise).clamp(max=MOST_SNR)
+        snr = (self.signal_power[: polar.n_rings, None] / variance).clamp(max=MOST_SNR)
         restore = (1.0 + snr) / (1.0 + snr * ctf.square()) * noise.sqrt()
         n_psi = polar.n_angles * (1 if self.training else FINER_ANGLES)
         if not self.shifts and ctf.shape[-1] == 1:
@@ -413,12 +457,34 @@ class SteerableEngine(Engine):
         mass = density + 2.0 * side
         return mass - torch.logsumexp(mass, 1, keepdim=True).clamp(min=0.0)
 
-    def empty_image(self, batch: Batch) -> Float[Tensor, "b"]:
-        """Log likelihood of each image as noise alone, nats."""
-        variance = self.noise_variance
-        whitened = self._seen(batch, self.full).square() / variance[self.full.ring]
-        constant = (self.compared * self.noise_dof * torch.log(2.0 * math.pi * variance)).sum()
-        return -0.5 * whitened.sum((1, 2)) - 0.5 * constant
+    def empty_image(self, power: Float[Tensor, "b r"], weight: Float[Tensor, "b k"]) -> Float[Tensor, "b"]:
+        """Log likelihood of images as noise of their own alone, and log prior of its weights, nats.
+
+        power: of each ring of the images, see ``ring_power``.
+        """
+        variance = self.noise_variance / self.own.of_rings(weight, self.full.n_rings)
+        constant = (self.compared * self.noise_dof * torch.log(2.0 * math.pi * variance)).sum(1)
+        return self.own.log_prior(weight) - 0.5 * (power / variance).sum(1) - 0.5 * constant
+
+    def ring_power(self, batch: Batch) -> Float[Tensor, "b r"]:
+        """Sum of squares on each ring of images brought to the set's mean level."""
+        return self.full.ring_sum(self._seen(batch, self.full).square().sum(1))
+
+    def unexplained(
+        self,
+        power: Float[Tensor, "b r"],
+        content: Float[Tensor, "b 2 p"],
+        aligned: Float[Tensor, "b 2 p"],
+        filtered: Float[Tensor, "b 2 p"],
+        weight: Float[Tensor, "b k"],
+    ) -> Float[Tensor, "b r"]:
+        """What is left of the rings' power when content is taken out, the posterior mean over poses.
+
+        aligned, filtered: as in ``PosePosterior``, of a look with these weights.
+        """
+        explained = self.polar.ring_sum(((2.0 * aligned - filtered) * content).sum(1))
+        explained = explained * self.noise / self.own.of_rings(weight, self.polar.n_rings)
+        return power - nn.functional.pad(explained, (0, power.shape[1] - explained.shape[1]))
 
     # -- what is learned without gradients ---------------------------------------------------
 
@@ -428,20 +494,23 @@ class SteerableEngine(Engine):
         content: Float[Tensor, "b 2 p"],
         pose: PosePosterior,
         origins: Float[Tensor, "b t 2"],
+        weight: Float[Tensor, "b k"],
+        unexplained: Float[Tensor, "b r"],
     ) -> None:
         """Running averages: residual power of each ring, origin variance, energy of a particle."""
         own, n = slice(batch.n_own), batch.n_whole
-        explained = (2.0 * pose.aligned - pose.filtered) * content
-        residual = self._seen(batch, self.polar).square() - explained * self.noise[self.polar.ring]
-        power, content_power, energy, second = batch.totals(
-            self.polar.ring_sum(residual[own].sum((0, 1))),
-            content[own].square().sum((0, 1)),
+        trust = self.own.of_rings(weight, self.polar.n_rings)
+        drawn = content.square() * trust.clamp(max=1.0)[:, None, self.polar.ring]
+        power, trusted, content_power, energy, second = batch.totals(
+            (trust * unexplained[:, : self.polar.n_rings])[own].sum(0),
+            trust[own].sum(0),
+            drawn[own].sum((0, 1)),
             (pose.filtered * content)[own].sum((1, 2)).sum(),
             (pose.probability.sum(-1) * origins.square().sum(-1))[own].sum(1).sum(),
         )
-        dof = n * self.noise_dof[: self.polar.n_rings]
-        power, signal = power / dof, self.polar.ring_sum(content_power) / dof
-        self.noise.lerp_(power.clamp(min=1e-6), 1.0 - MEMORY)
+        dof = self.noise_dof[: self.polar.n_rings]
+        signal = self.polar.ring_sum(content_power) / (n * dof)
+        self.noise.lerp_(self.own.variance(power, trusted, dof), 1.0 - MEMORY)
         self.signal_power[: self.polar.n_rings].lerp_(signal, 1.0 - MEMORY)
         self.generator.learn_prior(content_power / n, self.noise, 1.0 - MEMORY)
         self.signal_energy.lerp_(energy / n, 1.0 - MEMORY)

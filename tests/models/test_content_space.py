@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import pytest
@@ -218,19 +219,21 @@ def summed_over_all(engine: SteerableEngine, batch: Batch, step_px: float) -> Ex
     variance = (of_z * (z - mean[:, None]).square()).sum(1)
     of_angle = torch.stack([(part - log_evidence[:, None, None]).exp().sum(1) for part in parts]).sum(0)
     volume = torch.log((z[1] - z[0]) / torch.tensor(2.0 * torch.pi).sqrt())
-    return Exact(mean, variance.sqrt(), of_angle, log_evidence + volume + engine.empty_image(batch))
+    empty = engine.empty_image(engine.ring_power(batch), torch.ones(len(batch), engine.own.n_bands))
+    return Exact(mean, variance.sqrt(), of_angle, log_evidence + volume + empty)
 
 
 @pytest.mark.parametrize(("molecule", "shift_px", "epochs"), [("hinge", 1.0, 12), ("c2", 0.0, 8)])
 def test_posteriors_are_the_sums_over_all_z_rotations_and_origins(molecule, shift_px, epochs):
     engine, batch = trained(molecule, shift_px=shift_px, epochs=epochs)
+    engine.own.strength = math.inf  # noise is the same for all
     batch = batch[torch.arange(40)]
     found, exact = engine.infer(batch), summed_over_all(engine, batch, 0.5)
     off = (found.z_mean[:, 0] - exact.z_mean).abs() / exact.z_std
     assert off.median() < 0.05
     assert off.quantile(0.95) < 0.3
     assert (found.z_std[:, 0] / exact.z_std - 1.0).abs().median() < 0.08
-    assert (found.log_likelihood - exact.log_likelihood).abs().median() < 0.1
+    assert (found.log_likelihood - exact.log_likelihood).abs().median() < 0.15
     if molecule == "c2":  # of two modes each has the mass that it should have
         n_psi = exact.of_angle.shape[1]
         peak = (found.psi_rad / (2.0 * torch.pi) * n_psi).round().long()[:, None]

@@ -294,8 +294,10 @@ def test_the_steerable_engine_s_evidence_is_the_integral_over_z_psi_and_origins(
     images, _ = drawn_from(engine, 8, seed=3, noise_std=1.0)
     batch = Batch(torch.arange(8), engine.represent(images), None)
     engine.origin_px = torch.zeros(8, 2)
+    engine.own_weight = torch.ones(8, engine.own.n_bands)
+    engine.own.strength = math.inf  # noise is the same for all
     with torch.no_grad():
-        empty = engine.empty_image(batch)
+        empty = engine.empty_image(engine.ring_power(batch), engine.own_weight)
         found = engine.infer(batch).log_likelihood - empty
         engine.elbo(batch)  # the origins of a first look
         bound = torch.stack([engine.elbo(batch).elbo for _ in range(40)]).mean(0) - empty

