@@ -71,10 +71,10 @@ def shift_rms_px(origin_px: Array, true_origin_px: Array, psi_rad: Array) -> flo
     return float(np.sqrt(np.mean(np.sum((turned - turned.mean(0)) ** 2, 1))))
 
 
-def like_view_error_deg(
+def like_view_errors_deg(
     psi_rad: Array, true_psi_rad: Array, view_rad: Array, within_deg: float = 8.0
-) -> float:
-    """Median error in degrees of the relative in-plane angle over pairs of like views.
+) -> Array:
+    """Errors in degrees of the relative in-plane angle of all pairs of like views.
 
     view_rad: true rot and tilt (n, 2). A pair is like where viewing directions differ by less than
     within_deg; its true relative angle is the in-plane turn that best brings one view's reference
@@ -86,7 +86,14 @@ def like_view_error_deg(
     between = np.einsum("pac,pbc->pab", rotation[i, :2], rotation[j, :2])
     turn = np.arctan2(between[:, 1, 0] - between[:, 0, 1], between[:, 0, 0] + between[:, 1, 1])
     own = psi_rad - true_psi_rad
-    return float(np.median(np.abs(degrees(wrap_radians(own[i] - own[j] + turn)))))
+    return np.abs(degrees(wrap_radians(own[i] - own[j] + turn)))
+
+
+def like_view_error_deg(
+    psi_rad: Array, true_psi_rad: Array, view_rad: Array, within_deg: float = 8.0
+) -> float:
+    """Their median."""
+    return float(np.median(like_view_errors_deg(psi_rad, true_psi_rad, view_rad, within_deg)))
 
 
 def neighbour_view_deg(z: Array, direction: Array) -> float:

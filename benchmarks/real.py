@@ -2,8 +2,9 @@
 
     python -m benchmarks.real --data ../shared/data [apoferritin bgal]
 
-Both programs align and sort the same particles into as many classes. Their poses and classes then go
-through ``class_averages``, so that only poses and classes differ; a montage of both is written to results/.
+Both programs align and sort the same particles into as many classes, within the circle that ours finds.
+Their poses and classes then go through ``class_averages``, so that only poses and classes differ; a montage
+of both is written to results/. With --coordinate the paper's engine is beside them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from benchmarks.relion import classify
 from cryo_svae.class_averages import ClassAverages, class_averages
 from cryo_svae.estimation import EstimateTable
 from cryo_svae.images import ImageSource
+from cryo_svae.preprocessing import Preparation
 
 SEED = 0
 
@@ -33,28 +35,30 @@ class Setting:
     """A set and how both programs are told to look at it."""
 
     star: str
-    diameter_angst: float
     max_shift_angst: float
     z_dim: int
     classes: int
 
 
 SETS = {
-    "apoferritin": Setting("apoferritin/apof_48px_3.0A_relion31.star", 135.0, 12.0, 2, 4),
-    "bgal": Setting("bgal/bgal_40px_9.56A.star", 250.0, 30.0, 4, 10),
+    "apoferritin": Setting("apoferritin/apof_48px_3.0A_relion31.star", 12.0, 2, 4),
+    "bgal": Setting("bgal/bgal_40px_9.56A.star", 30.0, 4, 10),
 }
 
 
-def ours(setting: Setting, particles) -> tuple[cryo_svae.Model, EstimateTable, np.ndarray, float]:
+def ours(
+    setting: Setting, particles, engine: str = "steerable", **options
+) -> tuple[cryo_svae.Model, EstimateTable, np.ndarray, float]:
     """Model, estimates, classes and seconds."""
     began = time.perf_counter()
     model = cryo_svae.fit(
         particles,
+        engine=engine,
         z_dim=setting.z_dim,
         invert=True,
-        mask_diameter=setting.diameter_angst,
         max_shift=setting.max_shift_angst,
         seed=SEED,
+        **options,
     )
     table = model.estimate(particles)
     classes, _ = model.average(particles, table, setting.classes)
@@ -62,13 +66,14 @@ def ours(setting: Setting, particles) -> tuple[cryo_svae.Model, EstimateTable, n
 
 
 def relion(
-    setting: Setting, star: Path, like: EstimateTable, pixel_size_angst: float, iterations: int
+    setting: Setting, star: Path, like: EstimateTable, preparation: Preparation, iterations: int
 ) -> tuple[EstimateTable, np.ndarray, float]:
     """The same from relion_refine, on the particles as relion_preprocess normalises them."""
+    pixel_size_angst = preparation.pixel_size_angst
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (stack,) = star.parent.glob("*.mrcs")
-        radius = int(setting.diameter_angst / pixel_size_angst / 2)
+        radius = int(preparation.mask_radius_px)
         subprocess.run(
             f"relion_preprocess --operate_on {stack.resolve()} --operate_out white.mrcs --norm"
             f" --bg_radius {radius} --invert_contrast --set_angpix {pixel_size_angst}".split(),
@@ -79,7 +84,7 @@ def relion(
             work / star.name,
             classes=setting.classes,
             iterations=iterations,
-            diameter_angst=setting.diameter_angst,
+            diameter_angst=preparation.mask_diameter_angst,
             offset_range_px=round(setting.max_shift_angst / pixel_size_angst),
             pad=2,
             threads=1,
@@ -120,6 +125,9 @@ def main() -> None:
     parser.add_argument("sets", nargs="*", default=list(SETS))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--relion-iterations", type=int, default=15)
+    parser.add_argument(
+        "--coordinate", action="store_true", help="the paper's engine as well, softplus pixels"
+    )
     arguments = parser.parse_args()
     lines = []
     for name in arguments.sets:
@@ -128,9 +136,10 @@ def main() -> None:
         model, table, number, seconds = ours(setting, particles)
         preparation = model.checkpoint.preparation
         found = {"ours": (table, number, seconds)}
-        found["RELION"] = relion(
-            setting, star, table, preparation.pixel_size_angst, arguments.relion_iterations
-        )
+        found["RELION"] = relion(setting, star, table, preparation, arguments.relion_iterations)
+        if arguments.coordinate:
+            _, its_table, its_number, its_seconds = ours(setting, particles, "coordinate", softplus=True)
+            found["coordinate engine"] = (its_table, its_number, its_seconds)
         side = preparation.box_px * preparation.pixel_size_angst
         shells = " ".join(f"{side / ring:5.1f}" for ring in range(2, preparation.box_px // 2, 2))
         lines += [

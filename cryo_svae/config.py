@@ -67,7 +67,8 @@ class PreparationConfig:
         "the protein is dark in the images: change their sign [as blob/sign of a .cs file says, else no]",
     )
     mask_diameter: float | None = option(
-        None, "diameter in Å of the circle that holds the particle; outside is background [the box]"
+        None,
+        "diameter in Å of the circle that holds the particle; outside is background [found from the images]",
     )
     ctf: bool | None = option(None, "model the CTF [yes where the file holds CTF parameters]")
 

@@ -78,7 +78,7 @@ def found_diameter_angst(
     radius = found_radius_px(parts())
     if radius is None or radius >= preparation.mask_radius_px:
         return None
-    return 2.0 * radius * preparation.pixel_size_angst
+    return round(2.0 * radius * preparation.pixel_size_angst, 1)
 
 
 def _pieces(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ def planted() -> dict[str, Coverage]:
     """Of images drawn from the engine's own model, which is right then: what is off is inference."""
     torch.set_num_threads(1)
     engine = planted_engine(24, contrast=0.15, max_shift_px=3.0, shift_std_px=0.8)
+    engine.own.strength = math.inf  # noise is the same for all
     images, truth = drawn_from(engine, IMAGES, seed=5, noise_std=1.0)
     kept = engine.represent(images)
     rows = torch.arange(IMAGES).split(200)

@@ -53,7 +53,7 @@ CTF = dataclasses.replace(
 
 
 def test_a_fine_job_is_not_warned_of_more_than_its_missing_ctf(warned):
-    text = warned(HINGE, "--epochs", "8", "--classes", "4")
+    text = warned(HINGE, "--epochs", "16", "--classes", "3")
     assert text.count("<li>") == 1
     assert "no CTF parameters" in text
 
