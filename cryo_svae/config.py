@@ -68,7 +68,7 @@ class PreparationConfig:
     )
     mask_diameter: float | None = option(
         None,
-        "diameter in Å of the circle that holds the particle; outside is background [found from the images]",
+        "diameter in Å of the circle that holds the particle; outside is background [found from images]",
     )
     ctf: bool | None = option(None, "model the CTF [yes where the file holds CTF parameters]")
 
