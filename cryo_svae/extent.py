@@ -46,8 +46,9 @@ def found_radius_px(parts: Iterable[tuple[Float[Tensor, "b n n"], CtfTable | Non
         energy = smooth.mean((1, 2))
         kept = energy < BRIGHT * energy.median()
         passed = passed + seen[kept].square().sum(0).cpu()
+        first, second = slice(n % 2, None, 2), slice(1 - n % 2, None, 2)
         for sums, each in ((spectra, spectrum[kept]), (squares, smooth[kept])):
-            halves = torch.stack([each[0::2].sum(0), each[1::2].sum(0)]).cpu()
+            halves = torch.stack([each[first].sum(0), each[second].sum(0)]).cpu()
             sums[:] = [halves if not sums else sums[0] + halves]
         n += int(kept.sum())
     if n < 2:
