@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.measures import angle_error_deg, circular_correlation, r_z, shift_rms_px
 from cryo_svae.checkpoint import Checkpoint
 from cryo_svae.ctf import CtfTable
-from cryo_svae.extent import found_radius_px
+from cryo_svae.extent import SAMPLED, diameter_angst
 from cryo_svae.models import ENGINES
 from cryo_svae.models.engine import Engine, Posterior
 from cryo_svae.preprocessing import Preparation, prepare
@@ -128,10 +128,9 @@ def run_trial(
         mask_diameter_angst=(box_px - 2) * simulated.pixel_size_angst,
         invert=False,
     )
-    sample = prepare(simulated.images[:4096], simulated.pixel_size_angst, preparation)[0]
-    radius = found_radius_px([(sample, simulated.ctf)])
-    if radius is not None and radius < preparation.mask_radius_px:
-        diameter = 2.0 * radius * simulated.pixel_size_angst
+    sample = prepare(simulated.images[:SAMPLED], simulated.pixel_size_angst, preparation)[0]
+    diameter = diameter_angst([(sample, simulated.ctf)], preparation)
+    if diameter is not None:
         preparation = dataclasses.replace(preparation, mask_diameter_angst=diameter)
     config_changes["mask_radius_px"] = preparation.mask_radius_px
     use_ctf = simulated.ctf is not None

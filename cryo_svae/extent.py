@@ -34,8 +34,8 @@ def found_radius_px(parts: Iterable[tuple[Float[Tensor, "b n n"], CtfTable | Non
 
     parts: prepared images, and their CTF parameters or None.
     """
-    spectra: list[Tensor] = []  # of each half: the sum of images times CTF
-    squares: list[Tensor] = []  # of each half: the sum of their squares, smoothed
+    # sums over two halves of the images: of images times CTF, and of their squares, smoothed
+    spectra, squares = torch.zeros(()), torch.zeros(())
     passed, n = torch.zeros(()), 0
     for images, ctf in _pieces(parts):
         box = images.shape[-1]
@@ -46,21 +46,30 @@ def found_radius_px(parts: Iterable[tuple[Float[Tensor, "b n n"], CtfTable | Non
         energy = smooth.mean((1, 2))
         kept = energy < BRIGHT * energy.median()
         passed = passed + seen[kept].square().sum(0).cpu()
-        first, second = slice(n % 2, None, 2), slice(1 - n % 2, None, 2)
-        for sums, each in ((spectra, spectrum[kept]), (squares, smooth[kept])):
-            halves = torch.stack([each[first].sum(0), each[second].sum(0)]).cpu()
-            sums[:] = [halves if not sums else sums[0] + halves]
+        halves = [slice(n % 2, None, 2), slice(1 - n % 2, None, 2)]
+        spectra = spectra + torch.stack([spectrum[kept][half].sum(0) for half in halves]).cpu()
+        squares = squares + torch.stack([smooth[kept][half].sum(0) for half in halves]).cpu()
         n += int(kept.sum())
     if n < 2:
         return None
-    box = squares[0].shape[-1]
-    undone = torch.fft.irfft2(spectra[0] / (passed + WIENER * n), s=(box, box))
+    box = squares.shape[-1]
+    undone = torch.fft.irfft2(spectra / (passed + WIENER * n), s=(box, box))
     mean, noise = _profile(undone)
     if float(mean.max() - mean.min()) < 2.0 * SURE * noise:
         return None
     rim = _rim(mean, SURE * noise)
-    spread, noise = _profile(squares[0])
+    spread, noise = _profile(squares)
     return max(MARGIN * rim + MARGIN_PX, float(_rim(spread, SURE * noise)))
+
+
+def diameter_angst(
+    parts: Iterable[tuple[Float[Tensor, "b n n"], CtfTable | None]], preparation: Preparation
+) -> float | None:
+    """Diameter in Å of that circle, of images so prepared; None where it is no narrower than theirs."""
+    radius = found_radius_px(parts)
+    if radius is None or radius >= preparation.mask_radius_px:
+        return None
+    return round(2.0 * radius * preparation.pixel_size_angst, 1)
 
 
 def found_diameter_angst(
@@ -76,10 +85,7 @@ def found_diameter_angst(
             kept = torch.from_numpy(row)[usable.cpu()]
             yield images[usable], None if ctf is None else ctf[kept].to(device)
 
-    radius = found_radius_px(parts())
-    if radius is None or radius >= preparation.mask_radius_px:
-        return None
-    return round(2.0 * radius * preparation.pixel_size_angst, 1)
+    return diameter_angst(parts(), preparation)
 
 
 def _pieces(

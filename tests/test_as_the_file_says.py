@@ -23,6 +23,7 @@ from cryo_svae.particles import read_particles
 from cryo_svae.preprocessing import Preparation, prepare
 from cryo_svae.simulate import SimulateConfig, Simulated, simulate
 from cryo_svae.simulate.files import write_simulated
+from tests.models.learning import learn
 
 BOX = 64
 SIZE = 2.0
@@ -192,19 +193,7 @@ def trained(images: torch.Tensor, ctf: CtfTable, epochs: int) -> SteerableEngine
     engine = SteerableEngine(images.shape[-1], 1, SteerableConfig(max_shift_px=0.0))
     these = batches(engine, images, ctf)
     engine.start(iter(these), len(images))
-    optimizer = torch.optim.Adam(engine.parameters())
-    steps = epochs * len(these)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    engine.train()
-    for epoch in range(epochs):
-        engine.begin_epoch(epoch, epochs)
-        for k in torch.randperm(len(these)):
-            terms = engine.elbo(these[k])
-            loss = -(terms.log_likelihood - engine.kl_weight * (terms.kl_z + terms.kl_pose)).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    learn(engine, these, epochs)
     return engine
 
 

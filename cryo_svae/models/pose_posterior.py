@@ -129,31 +129,20 @@ class Look:
 
     def energy(self, content: Float[Tensor, "#b k 2 p"]) -> Float[Tensor, "b k n"]:
         """<h² R_psi c / sigma², R_psi c> of k contents for every psi; (b, k, 1) without astigmatism."""
-        if self.power.shape[-1] > 1:
-            return self._energy_of(self._samples(content))
-        squared = content.square().sum(2)
-        by_pair = self.power[:, self.polar.ring]
-        shared = len(content) != len(by_pair)
-        everywhere: Tensor = (squared[0] if shared else squared) @ by_pair
-        return everywhere
+        if self.power.shape[-1] == 1:
+            everywhere: Tensor = content.square().sum(2) @ self.power[:, self.polar.ring]
+            return everywhere
+        # the power repeats after half a turn, so that of the square only what repeats counts
+        here, opposite = self._samples(content).chunk(2, -1)
+        squared = torch.fft.rfft(here.square().addcmul_(opposite, opposite))
+        product = (self._power_spectrum.conj()[:, None] * squared).sum(2)
+        scale = 0.5 / self.power.shape[-1] ** 2
+        half_turn: Tensor = torch.fft.irfft(product, n=self.n_psi // 2, norm="forward") * scale
+        return half_turn.repeat(1, 1, 2)
 
     def _samples(self, content: Float[Tensor, "#b k 2 p"]) -> Float[Tensor, "#b k r a"]:
         samples: Tensor = self.polar.samples(content.flatten(0, 1)).unflatten(0, content.shape[:2])
         return samples
-
-    def _energy_of(self, samples: Float[Tensor, "#b k r a"]) -> Float[Tensor, "b k n"]:
-        """The energy from samples of the contents."""
-        # the power repeats after half a turn, so that of the square only what repeats counts
-        here, opposite = samples.chunk(2, -1)
-        squared = torch.fft.rfft(here.square().addcmul_(opposite, opposite))
-        power = self._power_spectrum.conj()
-        if len(samples) == len(power):
-            product = (power[:, None] * squared).sum(2)
-        else:
-            product = (power.permute(2, 0, 1) @ squared[0].permute(2, 1, 0)).permute(1, 2, 0)
-        scale = 0.5 / self.power.shape[-1] ** 2
-        half_turn: Tensor = torch.fft.irfft(product, n=self.n_psi // 2, norm="forward") * scale
-        return half_turn.repeat(1, 1, 2)
 
     def _mean_power(self, psi_probability: Float[Tensor, "b n"]) -> Float[Tensor, "b 1 r 1 h"]:
         """Posterior mean of h² / sigma² in the reference's frame, on the samples of half a turn."""
@@ -179,52 +168,11 @@ class Look:
         self, content: Float[Tensor, "#b k 2 p"], log_prior: Float[Tensor, "b #k t"]
     ) -> Float[Tensor, "b k t n"]:
         """l(psi, o) + log prior masses of k contents: uniform psi, and those given of the trial origins."""
-        return self._joint(self.inner(content), self.energy(content), log_prior)
-
-    def _joint(
-        self,
-        inner: Float[Tensor, "b k t n"],
-        energy: Float[Tensor, "b k #n"],
-        log_prior: Float[Tensor, "b #k t"],
-    ) -> Float[Tensor, "b k t n"]:
+        inner, energy = self.inner(content), self.energy(content)
         prior = (log_prior - math.log(self.n_psi))[..., None]
         if energy.shape[-1] == 1:
             return inner.add_(prior - 0.5 * energy[:, :, None])
         return inner.sub_(0.5 * energy[:, :, None]).add_(prior)
-
-    def expansion(
-        self,
-        content: Float[Tensor, "b 2 p"],
-        slopes: Float[Tensor, "b d 2 p"],
-        log_prior: Float[Tensor, "b t"],
-    ) -> tuple[Float[Tensor, "b"], Float[Tensor, "b d"], Float[Tensor, "b d d"]]:
-        """Log evidence of contents; its gradient along slopes, and the complete-data information."""
-        both = torch.cat([content[:, None], slopes], 1)
-        if self.power.shape[-1] == 1:
-            probability, log_evidence = self._chance(self.energy(both[:, :1]), both[:, :1], log_prior)
-            weighted = (self.power[:, None, None, self.polar.ring, 0] * both).flatten(2)
-            products = weighted @ both.flatten(2).mT
-        else:
-            samples = self._samples(both)
-            energy = self._energy_of(samples[:, :1])
-            probability, log_evidence = self._chance(energy, both[:, :1], log_prior)
-            power = self._mean_power(probability.sum(1))
-            weighted = (power * samples.unflatten(-1, (2, -1))).flatten(2)
-            products = weighted @ samples.flatten(2).mT / samples.shape[-1]  # Parseval
-        aligned = self.aligned(probability).flatten(1)
-        gradient = (slopes.flatten(2) @ aligned[..., None])[..., 0] - products[:, 1:, 0]
-        return log_evidence, gradient, products[:, 1:, 1:]
-
-    def _chance(
-        self,
-        energy: Float[Tensor, "b 1 #n"],
-        content: Float[Tensor, "b 1 2 p"],
-        log_prior: Float[Tensor, "b t"],
-    ) -> tuple[Float[Tensor, "b t n"], Float[Tensor, "b"]]:
-        log_evidence, probability = normalised(
-            self._joint(self.inner(content), energy, log_prior[:, None])[:, 0]
-        )
-        return probability, log_evidence
 
     def aligned(self, probability: Float[Tensor, "b t n"]) -> Float[Tensor, "b 2 p"]:
         """Posterior mean of the filtered data, centred and turned into the reference's frame."""

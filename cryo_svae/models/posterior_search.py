@@ -51,6 +51,7 @@ class _Guess(NamedTuple):
     z:       (b, d).
     step_px: between the origins to look at (b,).
     near:    probability of each rotation, or of a neighbour if that is likelier (b, n).
+    power:   of each ring of the image (b, r), see ``SteerableEngine.ring_power``.
     left:    power of each ring that content does not explain, in units of the set's noise (b, r).
     """
 
@@ -58,6 +59,7 @@ class _Guess(NamedTuple):
     z: Tensor
     step_px: Tensor
     near: Tensor
+    power: Tensor
     left: Tensor
 
 
@@ -223,7 +225,7 @@ class PosteriorSearch(nn.Module):
             figure_of_merit=2.0
             * (log_evidence - engine.own.misfit(guess.left))
             / engine.signal_energy.clamp(min=1.0),
-            log_likelihood=engine.empty_image(engine.ring_power(batch), weight) + log_evidence,
+            log_likelihood=engine.empty_image(guess.power, weight) + log_evidence,
             second_mode=second_mode,
         )
 
@@ -239,10 +241,11 @@ class PosteriorSearch(nn.Module):
     def _first_guess(self, batch: Batch) -> _Guess:
         """Where and at which rotations to look, and z to begin with."""
         engine = self.engine
-        left = engine.ring_power(batch) / engine.noise_variance
+        power = engine.ring_power(batch)
+        left = power / engine.noise_variance
         here, z = self._coarse_search(batch, engine.own.weight(left))
         step_px = torch.full_like(here[:, 0], COARSE_STEP_PX / 2.0 if engine.shifts else 0.0)
-        guess = _Guess(here, z, step_px, torch.ones_like(here[:, :1]), left)
+        guess = _Guess(here, z, step_px, torch.ones_like(here[:, :1]), power, left)
         if engine.shifts:
             guess = self._look_around(batch, guess, self.outline, COARSE_STEP_PX / 4.0)
         return self._look_around(batch, guess, engine.polar, FINE_STEP_PX[0])
@@ -280,15 +283,14 @@ class PosteriorSearch(nn.Module):
         if polar is engine.polar:
             content = content[row, best]
             filtered = look.filtered(content[:, None], mass.sum(1))[:, 0]
-            left = engine.unexplained(
-                engine.ring_power(batch), content, look.aligned(mass), filtered, weight
-            )
+            left = engine.unexplained(guess.power, content, look.aligned(mass), filtered, weight)
             left = left / engine.noise_variance
         return _Guess(
             engine.within_reach(origin),
             tried[row, best],
             (STEP_STD * variance.sqrt()).clamp(finest_px, FINE_STEP_PX[1]),
             _greatest_near(mass.sum(1)),
+            guess.power,
             left,
         )
 

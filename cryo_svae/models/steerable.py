@@ -167,9 +167,8 @@ class SteerableEngine(Engine):
         if table is not None:  # as many rows as the particles it was trained on
             self.origin_px = self.origin_px.new_zeros(table.shape)
             self.own_weight = self.own_weight.new_ones(len(table), self.own.n_bands)
-            state_dict.setdefault(
-                prefix + "own_weight", self.own_weight
-            )  # not in models of earlier versions
+            # models of earlier versions have none
+            state_dict.setdefault(prefix + "own_weight", self.own_weight)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._look_as_far_as(int(self.n_rings))
 

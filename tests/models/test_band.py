@@ -22,6 +22,7 @@ from cryo_svae.models.steerable import SteerableConfig, SteerableEngine
 from cryo_svae.models.vanilla import VanillaEngine
 from cryo_svae.simulate import SimulateConfig, Simulated, simulate
 from tests.conftest import optics_columns
+from tests.models.learning import learn
 from tests.test_ctf import table
 
 BOX = 32
@@ -52,19 +53,7 @@ def trained(engine: SteerableEngine, images: Tensor, epochs: int) -> SteerableEn
     kept = engine.represent(images)
     batches = [Batch(rows, kept[rows], None) for rows in torch.arange(len(images)).split(64)]
     engine.start(iter(batches), len(images))
-    optimizer = torch.optim.Adam(engine.parameters())
-    total = epochs * len(batches)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=total)
-    engine.train()
-    for epoch in range(epochs):
-        engine.begin_epoch(epoch, epochs)
-        for k in torch.randperm(len(batches)):
-            terms = engine.elbo(batches[k])
-            loss = -(terms.log_likelihood - engine.kl_weight * (terms.kl_z + terms.kl_pose)).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    learn(engine, batches, epochs)
     return engine
 
 

@@ -15,6 +15,7 @@ from cryo_svae.models.engine import Batch, ElboTerms, Posterior
 from cryo_svae.models.refinement import mode_around, summarise_angle
 from cryo_svae.models.steerable import SteerableConfig, SteerableEngine
 from cryo_svae.simulate import SimulateConfig, Simulated, simulate
+from tests.models.learning import learn
 
 BOX = 32
 
@@ -55,18 +56,7 @@ def train(engine: SteerableEngine, images: Tensor, epochs: int, ctf: CtfTable | 
     torch.set_num_threads(1)
     torch.manual_seed(2)
     batches = batches_of(engine, images, ctf)
-    optimizer = torch.optim.Adam(engine.parameters())
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * len(batches))
-    engine.train()
-    for epoch in range(epochs):
-        engine.begin_epoch(epoch, epochs)
-        for k in torch.randperm(len(batches)):
-            terms = engine.elbo(batches[k])
-            loss = -(terms.log_likelihood - engine.kl_weight * (terms.kl_z + terms.kl_pose)).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    learn(engine, batches, epochs)
 
 
 def infer(engine: SteerableEngine, images: Tensor, ctf: CtfTable | None = None) -> Posterior:
