@@ -16,7 +16,7 @@ import numpy as np
 
 import cryo_svae
 from benchmarks import trials
-from cryo_svae.proposal import objections
+from cryo_svae.results.auto_selection import objections
 from cryo_svae.simulate import SimulateConfig, simulate, write_simulated
 
 

@@ -37,12 +37,12 @@ from scipy.cluster.vq import kmeans2
 
 import cryo_svae
 from benchmarks import trials
-from cryo_svae import geometry
-from cryo_svae.class_averages import ClassAverages, class_averages, crossing_ring, ring_correlation
-from cryo_svae.class_averages import soft_edge_px as edge_of
-from cryo_svae.estimation import EstimateTable
-from cryo_svae.images import ImageSource
-from cryo_svae.preprocessing import Preparation, soft_circle
+from cryo_svae.imaging import geometry
+from cryo_svae.learning.estimation import EstimateTable
+from cryo_svae.particles.images import ImageSource
+from cryo_svae.particles.preprocessing import Preparation, soft_circle
+from cryo_svae.results.class_averages import ClassAverages, class_averages, crossing_ring, ring_correlation
+from cryo_svae.results.class_averages import soft_edge_px as edge_of
 from cryo_svae.simulate import SimulateConfig, Simulated, simulate, view_rotation, write_simulated
 from cryo_svae.simulate.molecules import load_molecule
 from cryo_svae.simulate.particles import project

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from benchmarks.measures import angle_error_deg, circular_correlation, r_z, shift_rms_px
-from cryo_svae.ctf import ctf_2d, rfft_frequencies
+from cryo_svae.imaging.ctf import ctf_2d, rfft_frequencies
 from cryo_svae.simulate import Molecule, SimulateConfig, Simulated, load_molecule, project, simulate
 
 UNEXPLAINED = 1e-4  # part of the templates' energy outside their principal components

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from benchmarks import trials
 from benchmarks.hinge import Setting, first, simulate_set, source_of
-from cryo_svae.geometry import degrees, pixel_grid, pose_references, rotation_matrix, wrap_radians
+from cryo_svae.imaging.geometry import degrees, pixel_grid, pose_references, rotation_matrix, wrap_radians
 from cryo_svae.models.coordinate import CoordinateEngine
 from cryo_svae.models.engine import Batch, Engine, Posterior
 from cryo_svae.models.steerable import SteerableEngine

@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from cryo_svae import training
+from cryo_svae.learning import training
+from cryo_svae.learning.cuda_graph import Recorded
 from cryo_svae.models import ENGINES, coordinate_generator
 from cryo_svae.models.coordinate import CoordinateConfig, CoordinateEngine
 from cryo_svae.models.engine import Batch
 from cryo_svae.models.pixels import PixelKind
-from cryo_svae.recording import Recorded
 
 
 @dataclass(frozen=True)

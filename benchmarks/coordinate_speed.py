@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks import paper_hinge, trials
 from benchmarks.paper_models import Effort
-from cryo_svae import training
+from cryo_svae.learning import training
 from cryo_svae.models.coordinate import CoordinateConfig, CoordinateEngine
 from cryo_svae.models.coordinate_generator import CoordinateGenerator
 from cryo_svae.models.engine import Batch

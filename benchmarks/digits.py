@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks import paper_models, trials
-from cryo_svae import geometry
-from cryo_svae.checkpoint import Checkpoint
 from cryo_svae.errors import CryoSvaeError, InputError
-from cryo_svae.fitting import pick_device
+from cryo_svae.imaging import geometry
+from cryo_svae.jobs.plan import pick_device
+from cryo_svae.learning.checkpoint import Checkpoint
+from cryo_svae.learning.training import fit
+from cryo_svae.learning.training_store import TrainingStore
 from cryo_svae.models.engine import ElboTerms, Posterior
-from cryo_svae.preprocessing import Preparation
-from cryo_svae.store import TrainingStore
-from cryo_svae.training import fit
+from cryo_svae.particles.preprocessing import Preparation
 
 MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 DIGIT_PX = 28

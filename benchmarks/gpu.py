@@ -35,18 +35,18 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks import coordinate_gpu, trials
 from benchmarks.gpu_sets import ViewSet, write_views
 from benchmarks.measures import like_view_error_deg, neighbour_view_deg
-from cryo_svae import training
-from cryo_svae.checkpoint import Checkpoint, load_checkpoint
-from cryo_svae.class_averages import class_averages
-from cryo_svae.ctf import CtfTable
-from cryo_svae.estimation import EstimateTable, estimate
-from cryo_svae.images import ImageSource
+from cryo_svae.imaging.ctf import CtfTable
+from cryo_svae.learning import training
+from cryo_svae.learning.checkpoint import Checkpoint, load_checkpoint
+from cryo_svae.learning.cuda_graph import Recorded
+from cryo_svae.learning.estimation import EstimateTable, estimate
+from cryo_svae.learning.training_store import TrainingStore
 from cryo_svae.models.steerable import SteerableConfig, SteerableEngine
-from cryo_svae.particles import read_particles
-from cryo_svae.preprocessing import Preparation, prepared_images
-from cryo_svae.recording import Recorded
+from cryo_svae.particles.images import ImageSource
+from cryo_svae.particles.particle_set import read_particles
+from cryo_svae.particles.preprocessing import Preparation, prepared_images
+from cryo_svae.results.class_averages import class_averages
 from cryo_svae.simulate import view_rotation
-from cryo_svae.store import TrainingStore
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 Z_DIM, SHIFT_PX = 8, 4.0

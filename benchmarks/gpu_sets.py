@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cryo_svae.ctf import CtfTable, ctf_2d
 from cryo_svae.formats.star import write_tables
-from cryo_svae.geometry import degrees
+from cryo_svae.imaging.ctf import CtfTable, ctf_2d
+from cryo_svae.imaging.geometry import degrees
 from cryo_svae.simulate import load_molecule, view_rotation
 from cryo_svae.simulate.particles import FILLED, PIXEL_BLUR_PX, render
 

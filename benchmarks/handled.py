@@ -18,15 +18,15 @@ import torch
 
 from benchmarks import trials
 from benchmarks.measures import circular_correlation, r_z
-from cryo_svae import geometry
-from cryo_svae.class_averages import class_averages
 from cryo_svae.cli import main as cryo_svae
-from cryo_svae.ctf import CtfTable, ctf_2d
-from cryo_svae.estimation import EstimateTable
 from cryo_svae.formats.star import read_star, write_star
-from cryo_svae.images import ImageSource
-from cryo_svae.particles import read_particles
-from cryo_svae.preprocessing import Preparation
+from cryo_svae.imaging import geometry
+from cryo_svae.imaging.ctf import CtfTable, ctf_2d
+from cryo_svae.learning.estimation import EstimateTable
+from cryo_svae.particles.images import ImageSource
+from cryo_svae.particles.particle_set import read_particles
+from cryo_svae.particles.preprocessing import Preparation
+from cryo_svae.results.class_averages import class_averages
 from cryo_svae.simulate import SimulateConfig, Simulated, simulate
 from cryo_svae.simulate.files import write_simulated
 

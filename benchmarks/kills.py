@@ -22,7 +22,7 @@ from cryo_svae.cli import main
 
 RESULTS = ("particles.star", "latents.h5", "decoded.mrcs", "classes.mrcs")
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["cryo_svae.stages"])
+PROCESSES.set_forkserver_preload(["cryo_svae.jobs.stages"])
 
 
 def _job(arguments: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.spatial import KDTree
 
-from cryo_svae.geometry import degrees, radians, wrap_radians
+from cryo_svae.imaging.geometry import degrees, radians, wrap_radians
 from cryo_svae.simulate import view_rotation
 
 Array = NDArray[np.float64]

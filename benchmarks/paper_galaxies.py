@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 
 from benchmarks import digits, paper_models, trials
 from benchmarks.digits import MODELS, Trained
-from cryo_svae import geometry
 from cryo_svae.errors import InputError
+from cryo_svae.imaging import geometry
 
 FILE = "galaxies_64px_rgb.npz"
 TEST_EVERY = 10

@@ -22,8 +22,8 @@ from benchmarks import paper_models, trials
 from benchmarks.bayes_limit import posterior_mean
 from benchmarks.measures import circular_correlation, r_z
 from benchmarks.paper_models import Effort, Trained
-from cryo_svae import geometry
-from cryo_svae.preprocessing import Preparation, prepare
+from cryo_svae.imaging import geometry
+from cryo_svae.particles.preprocessing import Preparation, prepare
 from cryo_svae.simulate import Molecule, SimulateConfig, Simulated, load_molecule, project, simulate
 
 HELD_OUT = 0.2

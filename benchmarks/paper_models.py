@@ -18,13 +18,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks import trials
-from cryo_svae.checkpoint import Checkpoint
-from cryo_svae.ctf import CtfTable
-from cryo_svae.fitting import pick_device
+from cryo_svae.imaging.ctf import CtfTable
+from cryo_svae.jobs.plan import pick_device
+from cryo_svae.learning.checkpoint import Checkpoint
+from cryo_svae.learning.training import fit, seed_everything, split_held_out
+from cryo_svae.learning.training_store import TrainingStore
 from cryo_svae.models.engine import ElboTerms, Posterior
-from cryo_svae.preprocessing import Preparation
-from cryo_svae.store import TrainingStore
-from cryo_svae.training import fit, seed_everything, split_held_out
+from cryo_svae.particles.preprocessing import Preparation
 
 BATCH = 256  # images looked at together when judged
 

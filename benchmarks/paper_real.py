@@ -30,11 +30,11 @@ from torch import Tensor
 import cryo_svae
 from benchmarks import paper_models, trials
 from benchmarks.paper_models import Effort, Trained
-from cryo_svae import geometry
 from cryo_svae.config import PreparationConfig
-from cryo_svae.ctf import CtfTable
-from cryo_svae.images import ImageSource
-from cryo_svae.preprocessing import Preparation, plan_preparation, prepared_images, working_ctf
+from cryo_svae.imaging import geometry
+from cryo_svae.imaging.ctf import CtfTable
+from cryo_svae.particles.images import ImageSource
+from cryo_svae.particles.preprocessing import Preparation, plan_preparation, prepared_images, working_ctf
 
 HELD_OUT = 0.1
 SHIFT_STD_PX = 4.0  # in pixels of the images on disk

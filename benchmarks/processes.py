@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cryo_svae import distributed
-from cryo_svae.checkpoint import Checkpoint
+from cryo_svae.computing import distributed
+from cryo_svae.learning.checkpoint import Checkpoint
+from cryo_svae.learning.training import Schedule, fit
+from cryo_svae.learning.training_store import TrainingStore
 from cryo_svae.models.steerable import SteerableConfig, SteerableEngine
-from cryo_svae.preprocessing import Preparation
-from cryo_svae.store import TrainingStore
-from cryo_svae.training import Schedule, fit
+from cryo_svae.particles.preprocessing import Preparation
 
 SENT = Path("/sys/class/net/lo/statistics/tx_bytes")
 Z_DIM = 8

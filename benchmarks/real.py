@@ -22,10 +22,10 @@ import torch
 import cryo_svae
 from benchmarks import trials
 from benchmarks.relion import classify
-from cryo_svae.class_averages import ClassAverages, class_averages
-from cryo_svae.estimation import EstimateTable
-from cryo_svae.images import ImageSource
-from cryo_svae.preprocessing import Preparation
+from cryo_svae.learning.estimation import EstimateTable
+from cryo_svae.particles.images import ImageSource
+from cryo_svae.particles.preprocessing import Preparation
+from cryo_svae.results.class_averages import ClassAverages, class_averages
 
 SEED = 0
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measures import angle_error_deg, circular_correlation, r_z, shift_rms_px
-from cryo_svae import geometry
 from cryo_svae.formats.star import StarBlock, read_star
+from cryo_svae.imaging import geometry
 
 
 def _block(path: Path) -> StarBlock:

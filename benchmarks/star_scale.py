@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from cryo_svae.averages import Classes
-from cryo_svae.estimation import EstimateTable
-from cryo_svae.export import write_particles
 from cryo_svae.formats.mrc import write_stack
-from cryo_svae.particles import read_particles
+from cryo_svae.learning.estimation import EstimateTable
+from cryo_svae.particles.particle_set import read_particles
+from cryo_svae.results.export import write_particles
+from cryo_svae.results.latent_classes import Classes
 
 N_STACKS, BOX, Z_DIM = 2000, 32, 2
 LABELS = (

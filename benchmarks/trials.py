@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.measures import angle_error_deg, circular_correlation, r_z, shift_rms_px
-from cryo_svae.checkpoint import Checkpoint
-from cryo_svae.ctf import CtfTable
-from cryo_svae.extent import SAMPLED, diameter_angst
+from cryo_svae.imaging.ctf import CtfTable
+from cryo_svae.learning.checkpoint import Checkpoint
+from cryo_svae.learning.training import Schedule, fit, seed_everything
+from cryo_svae.learning.training_store import TrainingStore
 from cryo_svae.models import ENGINES
 from cryo_svae.models.engine import Engine, Posterior
-from cryo_svae.preprocessing import Preparation, prepare
+from cryo_svae.particles.extent import SAMPLED, diameter_angst
+from cryo_svae.particles.preprocessing import Preparation, prepare
 from cryo_svae.simulate import Simulated
-from cryo_svae.store import TrainingStore
-from cryo_svae.training import Schedule, fit, seed_everything
 
 RESULTS = Path("results")
 

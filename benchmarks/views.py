@@ -22,7 +22,7 @@ from benchmarks import trials
 from benchmarks.measures import like_view_error_deg, neighbour_view_deg
 from benchmarks.relion import classify
 from benchmarks.views_limit import limit
-from cryo_svae import geometry
+from cryo_svae.imaging import geometry
 from cryo_svae.simulate import SimulateConfig, Simulated, simulate, view_rotation, write_simulated
 
 SHIFT_STD_PX = 1.0

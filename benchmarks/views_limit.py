@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from benchmarks.measures import neighbour_view_deg
-from cryo_svae.geometry import degrees, wrap_radians
+from cryo_svae.imaging.geometry import degrees, wrap_radians
 from cryo_svae.models.engine import Batch
 from cryo_svae.models.pose_posterior import Look, disc_of_points, normalised
 from cryo_svae.models.steerable import SteerableConfig, SteerableEngine

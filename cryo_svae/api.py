@@ -18,13 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from cryo_svae import averages, config
-from cryo_svae.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from cryo_svae.class_averages import ClassAverages
+from cryo_svae import config
 from cryo_svae.config import ComputeConfig, ModelConfig, PreparationConfig, TrainingConfig
 from cryo_svae.errors import InputError
-from cryo_svae.estimation import EstimateTable, estimate
-from cryo_svae.fitting import (
+from cryo_svae.jobs.plan import (
     average_classes,
     check_fits,
     fit_checkpoint,
@@ -32,9 +29,13 @@ from cryo_svae.fitting import (
     pick_device,
     plan_training,
 )
-from cryo_svae.images import ImageSource
+from cryo_svae.learning.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from cryo_svae.learning.estimation import EstimateTable, estimate
 from cryo_svae.models import CONFIG_CLASSES
-from cryo_svae.particles import ParticleSet, read_particles
+from cryo_svae.particles.images import ImageSource
+from cryo_svae.particles.particle_set import ParticleSet, read_particles
+from cryo_svae.results import latent_classes
+from cryo_svae.results.class_averages import ClassAverages
 
 SOURCE = "fit()"
 
@@ -98,11 +99,11 @@ class Model:
                 expected=f"finite numbers of shape (k, {d})",
                 remedy="give one row of numbers for each image.",
             )
-        return averages.decode(self.checkpoint, points, pick_device(self.device)).numpy()
+        return latent_classes.decode(self.checkpoint, points, pick_device(self.device)).numpy()
 
     def average(
         self, particles: ParticleSet, table: EstimateTable, n_classes: int
-    ) -> tuple[averages.Classes, ClassAverages]:
+    ) -> tuple[latent_classes.Classes, ClassAverages]:
         """Classes of z, and the CTF-corrected averages of their aligned particles with resolutions."""
         device = pick_device(self.device)
         return average_classes(self.checkpoint, ImageSource(particles), table, n_classes, self.seed, device)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cryo_svae import __version__, config, processor
+from cryo_svae import __version__, config
+from cryo_svae.computing import processor
 from cryo_svae.config import (
     ComputeConfig,
     ModelConfig,
@@ -47,7 +48,7 @@ def _engine_options() -> tuple[type, ...]:
 
 
 def _selection_options() -> tuple[type, ...]:
-    from cryo_svae.selection import SelectionConfig
+    from cryo_svae.results.selection import SelectionConfig
 
     return (SelectionConfig,)
 
@@ -140,8 +141,9 @@ def run_job(
     arguments: dict[str, Any], stage_name: str, before_batch: Callable[[], None] = lambda: None
 ) -> None:
     """Runs a stage on parsed arguments; what ``before_batch`` raises between batches ends it."""
-    from cryo_svae import distributed, stages
-    from cryo_svae.job import Job, open_job, settings_to_resume
+    from cryo_svae.computing import distributed
+    from cryo_svae.jobs import stages
+    from cryo_svae.jobs.folder import Job, open_job, settings_to_resume
     from cryo_svae.models import CONFIG_CLASSES
 
     out, source = arguments.pop("out"), "the command line"
@@ -184,7 +186,7 @@ def run_job(
 
 
 def _inspect(arguments: dict[str, Any]) -> None:
-    from cryo_svae.inspection import inspect
+    from cryo_svae.jobs.inspection import inspect
 
     source = config.build(SourceConfig, arguments, "the command line")
     settings = config.build(PreparationConfig, arguments, "the command line")
@@ -193,7 +195,7 @@ def _inspect(arguments: dict[str, Any]) -> None:
 
 
 def _select(arguments: dict[str, Any]) -> None:
-    from cryo_svae.selection import SelectionConfig, select, settle
+    from cryo_svae.results.selection import SelectionConfig, select, settle
 
     job, out = arguments["job"], arguments["out"]
     settings, said = settle(job, config.build(SelectionConfig, arguments, "the command line"))
@@ -202,14 +204,14 @@ def _select(arguments: dict[str, Any]) -> None:
     kept, total = select(job, out, settings)
     print(f"{kept:,} of {total:,} particles in {out}")
     if settings.templates is not None:
-        from cryo_svae.templates import write_templates
+        from cryo_svae.results.picking_templates import write_templates
 
         for line in write_templates(job, settings, settings.templates):
             print(line)
 
 
 def _convert(arguments: dict[str, Any]) -> None:
-    from cryo_svae.conversion import convert
+    from cryo_svae.particles.conversion import convert
 
     source = config.build(SourceConfig, arguments, "the command line")
     for line in convert(arguments["source"], arguments["out"], source, is_dark=arguments["dark"]):
@@ -217,14 +219,14 @@ def _convert(arguments: dict[str, Any]) -> None:
 
 
 def _average(arguments: dict[str, Any]) -> None:
-    from cryo_svae.exploring import average_at
+    from cryo_svae.jobs.finished import average_at
 
     for path in average_at(arguments["job"], arguments["z"], arguments["along"]):
         print(path)
 
 
 def _report(arguments: dict[str, Any]) -> None:
-    from cryo_svae.exploring import redraw_report
+    from cryo_svae.jobs.finished import redraw_report
 
     print(redraw_report(arguments["job"]))
 

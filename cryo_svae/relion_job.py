@@ -20,7 +20,8 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cryo_svae import cli, config, processor
+from cryo_svae import cli, config
+from cryo_svae.computing import processor
 from cryo_svae.errors import CryoSvaeError, InputError
 
 SUCCESS, FAILURE, ABORTED = (f"RELION_JOB_EXIT_{how}" for how in ("SUCCESS", "FAILURE", "ABORTED"))
@@ -112,8 +113,8 @@ def _arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
 
 def _run(given: argparse.Namespace, parameters: Sequence[str]) -> None:
     """The run, begun or (where the folder holds a checkpoint) gone on with."""
-    from cryo_svae.job import CHECKPOINT
-    from cryo_svae.logfile import write_logfile
+    from cryo_svae.jobs.folder import CHECKPOINT
+    from cryo_svae.report.logfile import write_logfile
 
     folder = Path(given.o)
     config.check(given.j is None or given.j >= 1, "j", given.j, "1 thread or more")

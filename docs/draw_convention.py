@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Arc
 
-from cryo_svae import geometry
+from cryo_svae.imaging import geometry
 
 BOX, PSI_DEG, ORIGIN = 64, 50.0, (9.0, 5.0)
 INK, BLUE, RED = "#e8e8e8", "#6db3f2", "#ff8a65"

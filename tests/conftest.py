@@ -12,18 +12,19 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+# Kernels are in Triton's own language, which the checks would break.
+MODELS = [path.stem for path in (REPOSITORY / "cryo_svae" / "models").glob("*.py")]
 SHAPED = (
-    "geometry",
-    "ctf",
-    "polar",
-    "preprocessing",
-    "models",
-    "averages",
-    "class_averages",
-    "montage",
-    "store",
-    "templates",
-    "training",
+    "imaging",
+    *(f"models.{name}" for name in MODELS if name not in ("__init__", "coordinate_kernels")),
+    "learning.training",
+    "learning.training_store",
+    "particles.preprocessing",
+    "results.class_averages",
+    "results.latent_classes",
+    "results.montage",
+    "results.picking_templates",
 )
 install_import_hook([f"cryo_svae.{name}" for name in SHAPED], "beartype.beartype")
 
@@ -32,14 +33,12 @@ import torch  # noqa: E402
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels for a GPU run on numpy; read when Triton is imported
 
-from cryo_svae.averages import Classes  # noqa: E402
 from cryo_svae.formats.mrc import write_stack  # noqa: E402
 from cryo_svae.formats.star import write_tables  # noqa: E402
+from cryo_svae.results.latent_classes import Classes  # noqa: E402
 
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import yaml
 
-from cryo_svae import stages
 from cryo_svae.cli import main
 from cryo_svae.formats.atomic import is_leftover
 from cryo_svae.formats.mrc import read_images, read_stack_info
 from cryo_svae.formats.star import read_star, write_tables
+from cryo_svae.jobs import stages
 from tests.conftest import image_names, optics_columns
 
 QUICK = [

@@ -16,8 +16,8 @@ from cryo_svae.errors import InputError
 from cryo_svae.formats.cs import read_cs
 from cryo_svae.formats.mrc import write_stack
 from cryo_svae.formats.star import read_star
-from cryo_svae.images import ImageSource
-from cryo_svae.particles import read_particles
+from cryo_svae.particles.images import ImageSource
+from cryo_svae.particles.particle_set import read_particles
 from tests.cryosparc_files import particle_fields, pose_2d, pose_3d, save_cs
 from tests.test_cli import QUICK
 

@@ -10,13 +10,13 @@ import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorDeviceMismatchError
 
 from benchmarks.gpu import Traffic
-from cryo_svae import training
-from cryo_svae.ctf import CtfTable
+from cryo_svae.imaging.ctf import CtfTable
+from cryo_svae.learning import training
+from cryo_svae.learning.cuda_graph import Recorded
+from cryo_svae.learning.microbatches import Pieces
+from cryo_svae.learning.training_store import TrainingStore
 from cryo_svae.models import ENGINES
 from cryo_svae.models.engine import Batch
-from cryo_svae.pieces import Pieces
-from cryo_svae.recording import Recorded
-from cryo_svae.store import TrainingStore
 from tests.on_device import GPU, fake_gpu
 
 BOX, N = 16, 12

@@ -13,8 +13,8 @@ import torch
 
 from benchmarks import paper_hinge, paper_models, paper_real
 from benchmarks.paper_models import Effort
-from cryo_svae import geometry
-from cryo_svae.preprocessing import Preparation
+from cryo_svae.imaging import geometry
+from cryo_svae.particles.preprocessing import Preparation
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "example_data" / "particles.star"
 MODELLED = paper_real.Setting(EXAMPLE.name, 150.0, 210.0, 15.0, invert=False)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import digits, paper_clusters, paper_digits, paper_galaxies
-from cryo_svae import geometry
+from cryo_svae.imaging import geometry
 
 
 @pytest.fixture

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from cryo_svae import export, geometry
 from cryo_svae.cli import main
-from cryo_svae.estimation import EstimateTable
 from cryo_svae.formats.mrc import read_images, read_stack_info, write_stack
 from cryo_svae.formats.star import read_star, write_star, write_tables
-from cryo_svae.particles import read_particles
+from cryo_svae.imaging import geometry
+from cryo_svae.learning.estimation import EstimateTable
+from cryo_svae.particles.particle_set import read_particles
+from cryo_svae.results import export
 from cryo_svae.simulate import SimulateConfig, render, simulate, write_simulated
 from tests.conftest import classes_of, optics_columns
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cryo_svae import stages
 from cryo_svae.formats.star import read_star
-from cryo_svae.job import LOCK
+from cryo_svae.jobs import stages
+from cryo_svae.jobs.folder import LOCK
 from cryo_svae.relion_job import main, our_options, output_nodes, relion_version
 from tests.conftest import REPOSITORY
 

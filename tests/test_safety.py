@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from cryo_svae.checkpoint import load_checkpoint, save_checkpoint
 from cryo_svae.cli import main
 from cryo_svae.errors import InputError
+from cryo_svae.learning.checkpoint import load_checkpoint, save_checkpoint
 from tests.conftest import image_names, optics_columns
+from tests.learning.test_training import fresh
 from tests.test_architecture import imports, modules
 from tests.test_cli import QUICK, run
-from tests.test_training import fresh
 
 # --- checkpoints -----------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cryo_svae.ctf import rfft_frequencies
+from cryo_svae.imaging.ctf import rfft_frequencies
 
 
 def is_within(

@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
+from cryo_svae.imaging.polar import PolarTransform
 from cryo_svae.models.polar_generator import PolarGenerator
 from cryo_svae.models.pose_posterior import ByOrder, Look, normalised, waves
 from cryo_svae.models.refinement import LocalModel
-from cryo_svae.polar import PolarTransform
 
 DRAWS = 512  # contents that the plane is laid through
 LEFT_OUT = 0.05  # of contents, rms in units of the noise; so many nats scores are off by

@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cryo_svae import distributed, geometry
+from cryo_svae.computing import distributed
 from cryo_svae.config import check, derived, option
-from cryo_svae.ctf import ctf_2d
 from cryo_svae.errors import InputError
+from cryo_svae.imaging import geometry
+from cryo_svae.imaging.ctf import ctf_2d
 from cryo_svae.models.band import band_2d, share_of_plane
 from cryo_svae.models.coordinate_generator import CoordinateGenerator, mlp
 from cryo_svae.models.divergences import kl_normal

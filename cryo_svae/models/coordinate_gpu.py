@@ -21,7 +21,7 @@ import triton
 from jaxtyping import Float
 from torch import Tensor
 
-from cryo_svae import kernels
+from cryo_svae.models import coordinate_kernels
 
 ROWS = 128  # pixels a program goes through at most; each program writes sums of its own
 AT_ONCE = 4  # of these; some programs more at a time hide the wait for memory better than some pixels more
@@ -73,17 +73,17 @@ class Layout:
         """Units (n p, width) of the first layer; without a bias, before bias and activation."""
         units = points.new_empty(self.n * self.p, self.width, dtype=lower)
         tensors = points, weight, of_z, weight if bias is None else bias, units
-        self.launch(kernels.first, *tensors, ACTIVATE=bias is not None)
+        self.launch(coordinate_kernels.first, *tensors, ACTIVATE=bias is not None)
         return units
 
     def activate(self, units: Tensor, bias: Tensor) -> None:
         """Adds the bias and activates, in place."""
-        self.launch(kernels.activate, units, bias)
+        self.launch(coordinate_kernels.activate, units, bias)
 
     def last(self, units: Tensor, bias: Tensor, weight: Tensor, bias_out: Tensor) -> Tensor:
         """Outputs (n p, out) in float32, of units before bias and activation."""
         output = bias.new_empty(len(units), len(weight))
-        self.launch(kernels.last, units, bias, weight, bias_out, output, N_OUT=len(weight))
+        self.launch(coordinate_kernels.last, units, bias, weight, bias_out, output, N_OUT=len(weight))
         return output
 
     def last_backward(
@@ -94,13 +94,15 @@ class Layout:
         of_bias = bias.new_empty(self.programs, self.h)
         of_weight = bias.new_empty(self.programs, n_out, self.h)
         tensors = gradient, units, bias, weight, made, of_bias, of_weight
-        self.launch(kernels.last_backward, *tensors, N_OUT=n_out, OUTS=triton.next_power_of_2(n_out))
+        self.launch(
+            coordinate_kernels.last_backward, *tensors, N_OUT=n_out, OUTS=triton.next_power_of_2(n_out)
+        )
         return made, of_bias.sum(0), of_weight.sum(0)
 
     def slope(self, gradient: Tensor, units: Tensor) -> Tensor:
         """Takes the gradient of activated units back to before, in place; that of their bias (h,)."""
         of_bias = gradient.new_empty(self.programs, self.h, dtype=torch.float32)
-        self.launch(kernels.slope, gradient, units, of_bias)
+        self.launch(coordinate_kernels.slope, gradient, units, of_bias)
         return of_bias.sum(0)
 
     def first_backward(
@@ -114,7 +116,7 @@ class Layout:
         of_z = points.new_empty(self.n, self.parts, self.h)
         of_weight = points.new_empty(self.programs, self.h, 2)
         tensors = gradient, gradient if units is None else units, points, weight, of_points, of_z, of_weight
-        self.launch(kernels.first_backward, *tensors, ACTIVATED=units is not None)
+        self.launch(coordinate_kernels.first_backward, *tensors, ACTIVATED=units is not None)
         return of_points, of_z.sum(1), of_weight.sum(0)
 
     def padded(self, weight: Tensor, lower: torch.dtype) -> Tensor:

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cryo_svae import distributed
-from cryo_svae.ctf import CtfTable
-from cryo_svae.distributed import Share
+from cryo_svae.computing import distributed
+from cryo_svae.computing.distributed import Share
+from cryo_svae.imaging.ctf import CtfTable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator

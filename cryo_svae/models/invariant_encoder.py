@@ -9,7 +9,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cryo_svae.polar import PolarTransform
+from cryo_svae.imaging.polar import PolarTransform
 
 TURNS = 16  # rotations at which the image is looked at; 32 gains little
 UNITS = 64

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from cryo_svae.polar import PolarTransform
+from cryo_svae.imaging.polar import PolarTransform
 
 HIDDEN = 256
 LEAST_POWER = 0.1  # of an order, in units of its price

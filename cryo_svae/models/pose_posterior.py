@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from cryo_svae.polar import PolarTransform
+from cryo_svae.imaging.polar import PolarTransform
 
 ORDER_BLOCKS = 4  # orders are multiplied in blocks, for the high ones have fewer rings
 LOG_NEGLIGIBLE = math.log(1e-12)  # of a probability; much smaller ones are denormal numbers, and slow

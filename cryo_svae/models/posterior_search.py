@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cryo_svae.geometry import wrap_radians
+from cryo_svae.imaging.geometry import wrap_radians
 from cryo_svae.models.content_space import ContentSpace, drawn_z
 from cryo_svae.models.engine import Batch, Posterior
 from cryo_svae.models.pose_posterior import ByOrder, disc_of_points, masses, mean_origin
@@ -29,8 +29,8 @@ from cryo_svae.models.refinement import (
 )
 
 if TYPE_CHECKING:
+    from cryo_svae.imaging.polar import PolarTransform
     from cryo_svae.models.steerable import SteerableEngine
-    from cryo_svae.polar import PolarTransform
 
 COARSE_STEP_PX = 1.5  # of the first search of origins
 STEP_STD = 1.4  # steps between origins, in standard deviations: sums over a Gaussian are right to 1e-4

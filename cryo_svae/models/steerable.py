@@ -18,9 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cryo_svae import distributed
+from cryo_svae.computing import distributed
 from cryo_svae.config import check, derived
-from cryo_svae.ctf import ctf_at
+from cryo_svae.imaging.ctf import ctf_at
+from cryo_svae.imaging.polar import PolarTransform
 from cryo_svae.models.band import is_within
 from cryo_svae.models.engine import (
     Batch,
@@ -36,7 +37,6 @@ from cryo_svae.models.polar_generator import PolarGenerator
 from cryo_svae.models.pose_posterior import Look, PosePosterior, disc_of_points, mean_origin
 from cryo_svae.models.posterior_search import FINER_ANGLES, PosteriorSearch
 from cryo_svae.models.refinement import FARTHEST_Z
-from cryo_svae.polar import PolarTransform
 
 KL_WARM_UP = 0.4  # share of the epochs in which the weight of the KL terms rises from 0 to 1
 NARROWING = 0.5  # share of the epochs in which the origin search narrows

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cryo_svae.picks import ClosePicks
-from cryo_svae.proposal import objections
+from cryo_svae.particles.close_picks import ClosePicks
+from cryo_svae.results.auto_selection import objections
 
 Reals = NDArray[np.floating[Any]]
 Integers = NDArray[np.integer[Any]]

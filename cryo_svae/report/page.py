@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryo_svae.formats.atomic import atomic_path
-from cryo_svae.proposal import ranges
 from cryo_svae.report import charts, plots, warnings
 from cryo_svae.report.data import ReportData, Traversal
 from cryo_svae.report.png import LARGEST_SIDE_PX, data_uri, sheet, shrink, smooth, to_grey
 from cryo_svae.report.scatter import scatter_payload
+from cryo_svae.results.auto_selection import ranges
 
 Reals = NDArray[np.floating[Any]]
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cryo_svae import latent
 from cryo_svae.report.data import ReportData
+from cryo_svae.results import latent_lines
 
 Reals = NDArray[np.floating[Any]]
 
@@ -45,7 +45,7 @@ def principal_columns(z: Reals, usable: NDArray[np.bool_]) -> list[Column]:
     """z along its first principal axes, each labelled with its share of the variance."""
     if z.shape[1] < 2 or usable.sum() < 2:
         return []
-    axes = latent.principal_axes(z[usable])
+    axes = latent_lines.principal_axes(z[usable])
     return [
         Column(f"pc{k + 1}", f"pc{k + 1} ({axes.share[k]:.0%})", "", (z - axes.mean) @ axes.direction[:, k])
         for k in range(PRINCIPAL_AXES)

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from cryo_svae import geometry
-from cryo_svae.proposal import FEWEST_PARTICLES
+from cryo_svae.imaging import geometry
+from cryo_svae.results.auto_selection import FEWEST_PARTICLES
 
 Reals = NDArray[np.floating[Any]]
 Integers = NDArray[np.integer[Any]]

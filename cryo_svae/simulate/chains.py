@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cryo_svae.geometry import radians
+from cryo_svae.imaging.geometry import radians
 from cryo_svae.simulate.molecules import Molecule, ball, still, turn_about_z
 
 MASS_KDA = 150.0

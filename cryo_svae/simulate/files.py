@@ -8,7 +8,7 @@ import numpy as np
 
 from cryo_svae.formats.mrc import write_stack
 from cryo_svae.formats.star import write_tables
-from cryo_svae.geometry import degrees
+from cryo_svae.imaging.geometry import degrees
 from cryo_svae.simulate.particles import SimulateConfig, Simulated, micrograph_of
 
 MICROGRAPH_PX = 4096

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cryo_svae.ctf import CtfTable, ctf_2d
-from cryo_svae.geometry import pixel_grid
+from cryo_svae.imaging.ctf import CtfTable, ctf_2d
+from cryo_svae.imaging.geometry import pixel_grid
 from cryo_svae.simulate.chains import chain
 from cryo_svae.simulate.molecules import RANDOM, Molecule, load_molecule
 from cryo_svae.simulate.particles import (

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cryo_svae.errors import InputError
-from cryo_svae.geometry import radians
+from cryo_svae.imaging.geometry import radians
 
 RANDOM = ("lump", "random-hinge", "random-twist")  # see chains
 MOLECULES = ("hinge", "adk", "hsp90", "hsp90-two-arms", "views", "c2", "ring", "noise", *RANDOM)

@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cryo_svae.ctf import CtfTable, ctf_2d
 from cryo_svae.errors import InputError
-from cryo_svae.geometry import pixel_grid, reference_to_particle
+from cryo_svae.imaging.ctf import CtfTable, ctf_2d
+from cryo_svae.imaging.geometry import pixel_grid, reference_to_particle
 from cryo_svae.simulate.molecules import MOLECULES, Molecule
 
 FILLED = 2 / 3  # part of the box a molecule fills when no pixel size is given

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from cryo_svae.ctf import rfft_frequencies
+from cryo_svae.imaging.ctf import rfft_frequencies
 from cryo_svae.models.steerable import SteerableConfig, SteerableEngine
 from cryo_svae.simulate import load_molecule, project
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cryo_svae.checkpoint import load_checkpoint
 from cryo_svae.cli import main
-from cryo_svae.ctf import CtfTable
 from cryo_svae.errors import InputError
 from cryo_svae.formats.mrc import read_images
-from cryo_svae.geometry import pixel_grid
+from cryo_svae.imaging.ctf import CtfTable
+from cryo_svae.imaging.geometry import pixel_grid
+from cryo_svae.learning.checkpoint import load_checkpoint
 from cryo_svae.models.band import band_2d, is_within, share_of_plane
 from cryo_svae.models.coordinate import CoordinateConfig, CoordinateEngine
 from cryo_svae.models.engine import Batch, Engine, Posterior
@@ -22,8 +22,8 @@ from cryo_svae.models.steerable import SteerableConfig, SteerableEngine
 from cryo_svae.models.vanilla import VanillaEngine
 from cryo_svae.simulate import SimulateConfig, Simulated, simulate
 from tests.conftest import optics_columns
+from tests.imaging.test_ctf import table
 from tests.models.learning import learn
-from tests.test_ctf import table
 
 BOX = 32
 LOWEST_PX, HIGHEST_PX = 6.4, 2.9  # rings 5 to 11

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cryo_svae.ctf import CtfTable
+from cryo_svae.imaging.ctf import CtfTable
 from cryo_svae.models import content_space, posterior_search
 from cryo_svae.models.content_space import ContentSpace, drawn_z
 from cryo_svae.models.engine import Batch

@@ -11,15 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cryo_svae import geometry
-from cryo_svae.ctf import ctf_2d
 from cryo_svae.errors import InputError
+from cryo_svae.imaging import geometry
+from cryo_svae.imaging.ctf import ctf_2d
 from cryo_svae.models import coordinate_generator
 from cryo_svae.models.coordinate import CoordinateConfig, CoordinateEngine, Latents
 from cryo_svae.models.divergences import kl_normal
 from cryo_svae.models.engine import Batch
 from cryo_svae.models.vanilla import VanillaEngine
-from tests.test_ctf import table
+from tests.imaging.test_ctf import table
 
 BOX = 16
 SMALL = CoordinateConfig(hidden=12, encoder_hidden=10, mask_radius_px=7.0)

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cryo_svae import distributed
+from cryo_svae.computing import distributed
 from cryo_svae.models import ENGINES, coordinate_generator
 from cryo_svae.models.coordinate import CoordinateConfig, CoordinateEngine
 from cryo_svae.models.engine import Batch
+from tests.imaging.test_ctf import table
 from tests.on_device import GPU, fake_gpu
-from tests.test_ctf import table
 
 BOX, N = 8, 4
 SMALL = CoordinateConfig(hidden=6, encoder_hidden=5)

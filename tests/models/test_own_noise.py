@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cryo_svae.geometry import pixel_grid
+from cryo_svae.imaging.geometry import pixel_grid
 from cryo_svae.models.engine import Batch
 from cryo_svae.models.own_noise import OwnNoise
 from cryo_svae.models.steerable import SteerableConfig, SteerableEngine

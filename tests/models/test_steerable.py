@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cryo_svae.ctf import CtfTable, ctf_2d
 from cryo_svae.errors import InputError
-from cryo_svae.geometry import align_images, pixel_grid, rotation_matrix
+from cryo_svae.imaging.ctf import CtfTable, ctf_2d
+from cryo_svae.imaging.geometry import align_images, pixel_grid, rotation_matrix
 from cryo_svae.models import refinement, steerable
 from cryo_svae.models.engine import Batch, ElboTerms, Posterior
 from cryo_svae.models.refinement import mode_around, summarise_angle

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from cryo_svae import geometry
 from cryo_svae.cli import main
+from cryo_svae.imaging import geometry
 from cryo_svae.simulate import SimulateConfig, Simulated, simulate, write_simulated
 
 HINGE = SimulateConfig(n_particles=600, box=24, snr=0.5, shift_std_px=0.5, seed=4)

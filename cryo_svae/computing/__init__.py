@@ -1,0 +1,1 @@
+"""What a job computes on: threads of the processor, and several processes."""

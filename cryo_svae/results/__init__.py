@@ -1,0 +1,1 @@
+"""From estimates to classes, averages and files."""
