@@ -1,7 +1,7 @@
 """cryo_svae: content, rotation and shift of cryo-EM particles by spatial variational autoencoders.
 
 In Python: ``load`` particles, ``fit`` a ``Model``, and let it estimate, decode and average; see
-``cryo_svae.api`` and example_data/walkthrough.py.
+``cryo_svae.api`` and example_data/walkthrough.ipynb.
 """
 
 from __future__ import annotations

@@ -1,25 +1,11 @@
-"""The Python interface, by its walkthrough."""
+"""The Python interface; its walkthrough runs in test_docs.py."""
 
 from __future__ import annotations
 
-import runpy
-from pathlib import Path
-
-import numpy as np
 import pytest
 
 import cryo_svae
 from cryo_svae.errors import InputError
-
-EXAMPLE = Path(__file__).resolve().parents[1] / "example_data"
-
-
-def test_the_walkthrough_runs_and_its_model_saves_and_loads(tmp_path, capsys):
-    model, z = runpy.run_path(str(EXAMPLE / "walkthrough.py"))["main"](epochs=2)
-    assert "class 5" in capsys.readouterr().out
-    model.save(tmp_path / "model.pt")
-    again = cryo_svae.load_model(tmp_path / "model.pt")
-    np.testing.assert_array_equal(again.decode(z[:3]), model.decode(z[:3]))
 
 
 def test_mistakes_are_named(make_dataset):
