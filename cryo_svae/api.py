@@ -47,9 +47,11 @@ def load(
     pixel_size_angst: float | None = None,
     passthrough: str | Path | None = None,
 ) -> ParticleSet:
-    """The particles of a RELION STAR file or a CryoSPARC .cs file, images unread.
+    """Reads the particles of a RELION STAR file or a CryoSPARC .cs file, but not yet their images.
 
-    Options as ``--datadir``, ``--pixel-size``, ``--passthrough``.
+    datadir:          folder under which image paths are sought first, as ``--datadir``.
+    pixel_size_angst: pixel size in Å for files that hold none, as ``--pixel-size``.
+    passthrough:      a .cs file with more fields of the same particles, as ``--passthrough``.
     """
     return read_particles(
         Path(path),
@@ -60,7 +62,7 @@ def load(
 
 
 def fit(particles: ParticleSet, **options: Any) -> Model:
-    """A model trained on particles; options as on the command line, e.g. ``z_dim=2``, ``epochs=10``."""
+    """Trains a model on particles; options as on the command line, e.g. ``z_dim=2``, ``epochs=10``."""
     known = (PreparationConfig, ModelConfig, TrainingConfig, ComputeConfig, *CONFIG_CLASSES)
     config.refuse_unknown(options, known, SOURCE)
     plan = plan_training(options, particles, SOURCE)
@@ -71,25 +73,25 @@ def fit(particles: ParticleSet, **options: Any) -> Model:
 
 
 def load_model(path: str | Path, *, device: str = "auto", seed: int = 0) -> Model:
-    """The model of a job's model.pt."""
+    """Reads a model from the model.pt of a job, or from a file that ``Model.save`` wrote."""
     return Model(load_checkpoint(Path(path)), device, seed)
 
 
 @dataclass(frozen=True)
 class Model:
-    """A trained model; ``seed`` decides classes and half-sets."""
+    """A trained model. ``seed`` decides how classes and half-sets are drawn in ``average``."""
 
     checkpoint: Checkpoint
     device: str
     seed: int
 
     def estimate(self, particles: ParticleSet) -> EstimateTable:
-        """Content, pose and merit of every particle, in input order; degrees and Å."""
+        """Content, pose and figure of merit of every particle, in the order of the file; degrees and Å."""
         check_fits(particles, self.checkpoint)
         return estimate(self.checkpoint, ImageSource(particles), pick_device(self.device))
 
     def decode(self, z: ArrayLike) -> NDArray[np.float32]:
-        """Images (k, box, box) of points z (k, d), pose zero, without CTF, protein white."""
+        """The model's images (k, box, box) at points z (k, d): psi and origin 0, no CTF, protein white."""
         points = np.asarray(z, dtype=np.float64)
         d = self.checkpoint.engine.z_dim
         if points.ndim != 2 or points.shape[1] != d or not np.isfinite(points).all():
@@ -104,7 +106,7 @@ class Model:
     def average(
         self, particles: ParticleSet, table: EstimateTable, n_classes: int
     ) -> tuple[latent_classes.Classes, ClassAverages]:
-        """Classes of z, and the CTF-corrected averages of their aligned particles with resolutions."""
+        """Groups particles of similar z into classes; the classes, and their CTF-corrected averages."""
         device = pick_device(self.device)
         return average_classes(self.checkpoint, ImageSource(particles), table, n_classes, self.seed, device)
 

@@ -28,7 +28,7 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]], attributes: Map
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The data sets of a file; InputError where it is not one of ours."""
+    """The data sets of a file; InputError where it is not an HDF5 file that this program wrote."""
     remedy = "give a finished job, or run cryo-svae estimate again."
     try:
         with h5py.File(path, "r") as file:

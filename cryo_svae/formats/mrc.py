@@ -2,8 +2,9 @@
 
 Read: modes 0, 1, 2, 6 and 12, either byte order, extended headers, gzip and bzip2, volumes (their
 sections are the images) and single images. RELION 3.1 and older programs leave version, statistics
-and machine stamp wrong, so only what decides where the pixels lie is believed, and it must add up to
-the file's size to the byte. Nothing is kept open, and nothing is allocated before that check.
+and machine stamp wrong. So only those fields of the header are used that say where the pixels lie, and
+they must agree with the file's size to the byte. No file is kept open, and no memory is allocated before
+that check.
 
 Written: mode 2, little endian, space group 0 (a stack), to the MRC2014 standard.
 """
@@ -43,7 +44,7 @@ _REWRITE = "copy the file again from its source, or write it again with the prog
 
 @dataclass(frozen=True)
 class StackInfo:
-    """What the header of a stack says; voxel_size_angst is 0.0 where the header has none."""
+    """The size of a stack, from its header; voxel_size_angst is 0.0 where the header has none."""
 
     path: Path
     n_images: int

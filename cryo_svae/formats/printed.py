@@ -1,4 +1,4 @@
-"""Numbers as text, many at once: to the letter what ``form % value`` gives, several times as fast."""
+"""Many numbers as text at once: exactly what ``form % value`` gives, but several times as fast."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading STAR files: lines that give structure one by one, the rows between them in bulk."""
+"""Reading STAR files: lines that give the structure are read one by one, rows of tables many at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A STAR file as read: the tables, and behind them every byte of the file."""
+"""A STAR file in memory: its tables, which refer to the bytes of the file."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ class StarBlock:
 
 @dataclass(frozen=True, eq=False)
 class StarFile:
-    """A STAR file as read: its tables in file order, and behind them every byte of the file."""
+    """A STAR file in memory: its tables in file order, which refer to the bytes of the file."""
 
     path: Path
     blocks: tuple[StarBlock, ...]

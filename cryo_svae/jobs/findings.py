@@ -49,7 +49,7 @@ class Findings:
     traversals: tuple[report.Traversal, ...]
 
     def in_one_frame(self, images: Float[Tensor, "k n n"]) -> NDArray[np.float32]:
-        """Pictures of the classes, turned and moved to one another."""
+        """The images of the classes, aligned to one another for display."""
         turned = geometry.align_images(images, self.montage_psi_rad, self.montage_origin_px)
         return np.asarray(turned.numpy())
 
@@ -61,7 +61,7 @@ def findings(
     result: ClassAverages,
     device: torch.device,
 ) -> Findings:
-    """The classes decoded and laid on one another, and the lines through z decoded."""
+    """Decoded images of the classes, with their poses in the montage, and of the lines through z."""
     decoded = latent_classes.decode(checkpoint, classes.centre, device)
     psi, origin = montage_poses(decoded, checkpoint.preparation.mask_radius_px)
     traversals = _traversals(checkpoint, table, device)
@@ -77,7 +77,7 @@ def gather(
     contrast_score: float,
     device: torch.device,
 ) -> report.ReportData:
-    """Everything on the page."""
+    """All data that the report shows."""
     table, result = found.table, found.class_averages
     preparation, ctf = checkpoint.preparation, particles.ctf
     number, names = _micrographs(particles)

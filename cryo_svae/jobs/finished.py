@@ -1,4 +1,4 @@
-"""Finished jobs looked at again: images anywhere in the latent space, and the report redrawn."""
+"""What is done with a finished job: images from anywhere in the latent space, and a new report."""
 
 from __future__ import annotations
 

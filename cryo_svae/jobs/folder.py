@@ -64,7 +64,7 @@ class _Memory(logging.Handler):
 
 
 class _Plain(logging.Formatter):
-    """Messages as they are; warnings say so."""
+    """Messages without time or level, except that warnings begin with WARNING."""
 
     def format(self, record: logging.LogRecord) -> str:
         """One line."""

@@ -171,7 +171,7 @@ def _naming_the_checkpoint(path: Path) -> Iterator[None]:
 
 
 def check_contrast(images: ImageSource, preparation: Preparation, device: torch.device) -> float:
-    """Mean of the particles' middle over its standard error; warns where the protein seems dark."""
+    """Mean of the middle of the particles, in its standard errors; warns where the protein seems dark."""
     score = contrast_score(images, preparation, device)
     if score < -CONTRAST_SIGNIFICANCE:
         remedy = "use --no-invert" if preparation.invert else "add --invert"
@@ -232,7 +232,7 @@ def _write_files(
     found: Findings,
     settings: Mapping[str, Any],
 ) -> None:
-    """Everything but the page."""
+    """Writes all files of the results except report.html."""
     table, classes, result = found.table, found.classes, found.class_averages
     pixel_size_angst = checkpoint.preparation.pixel_size_angst
 

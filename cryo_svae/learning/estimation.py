@@ -1,4 +1,4 @@
-"""Posterior of every particle, in input order, in file units."""
+"""The posterior of every particle, in the order of the input and in the units of files (degrees, Å)."""
 
 from __future__ import annotations
 
@@ -26,10 +26,15 @@ BATCH_ON_CPU = 256
 
 @dataclass(frozen=True)
 class EstimateTable:
-    """What is known of n particles, in input order; degrees and Å.
+    """The estimates of n particles, in the order of the input.
 
-    usable: (n,) False for NaN or constant images; all their numbers are 0.
-    Others as in ``Posterior``: z, z_std (n, d); origin_angst (n, 2) as (x, y); the rest (n,).
+    z, z_std:          (n, d) latent content, and its posterior standard deviation.
+    psi_deg:           (n,) in-plane rotation in degrees; psi_std_deg is its posterior standard deviation.
+    origin_angst:      (n, 2) origin (x, y) in Å; origin_std_angst (n,) is that of each component.
+    figure_of_merit:   (n,) higher is better; about 0 for an image without a particle.
+    log_likelihood:    (n,) evidence of the image under the model, in nats.
+    second_mode:       (n,) posterior mass of the second-best pose that is apart from the best one.
+    usable:            (n,) False for NaN or constant images; all their numbers are 0.
     """
 
     z: Reals

@@ -1,4 +1,4 @@
-"""Batches in pieces, for a GPU whose memory does not hold them whole."""
+"""Batches divided into smaller parts, for a GPU whose memory does not hold a whole batch."""
 
 from __future__ import annotations
 

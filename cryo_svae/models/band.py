@@ -1,7 +1,8 @@
 """The spatial frequencies that images are compared at: those between two wavelengths.
 
-What lies outside plays no part in a model: it is taken out of the images, of what is generated, and of
-the likelihood. So neither a micelle's bulk nor ice is aligned, or called content.
+Frequencies outside of these bounds play no part in a model. They are removed from the images, from the
+generated images and from the likelihood, so that neither the bulk of a micelle nor ice is aligned or
+becomes content.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Images of particles by number, read lazily from many stacks."""
+"""The images of particles, read from many stacks when they are needed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Which classes seem worth keeping, by their sizes, figures of merit and resolutions.
 
-What is left out is noise; a contaminant that aligns well is a good class to every number here.
+Classes of noise are left out. A contaminant that aligns well makes a class that is good by all of these
+numbers.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ RESOLUTION_FACTOR = 1.5  # of the median resolution, at most
 
 
 def objections(n_particles: Integers, figure_of_merit: Reals, resolution_angst: Reals) -> list[str]:
-    """Why each of k classes had better be left out; empty for those worth keeping.
+    """Reasons to leave out each of k classes; no reason for those worth keeping.
 
     figure_of_merit:  (k,) means of the members; NaN for an empty class.
     resolution_angst: (k,) at a half-set FRC of 0.5 (0.143 is crossed late by chance); NaN for none.

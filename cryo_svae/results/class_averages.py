@@ -1,7 +1,7 @@
-"""Averages of the aligned particles of each class, corrected for the CTF, and how far to trust them.
+"""CTF-corrected averages of the aligned particles of each class, with their resolutions.
 
-Every particle is turned and moved in Fourier space, where its CTF only turns with it:
-S = sum CTF F and D = sum CTF² over the particles of a class and half give its average by Wiener's
+Every particle is turned and shifted in Fourier space, where its CTF turns with it. For each class and
+half-set the sums S = sum CTF F and D = sum CTF² over the particles give the average by a Wiener
 filter. Fourier space is interpolated bicubically on a twofold padded grid; that keeps what bicubic
 interpolation of the image itself loses near Nyquist (a third of the amplitude there).
 
@@ -46,8 +46,9 @@ class ClassAverages:
     half:                  (k, 2, n, n) each half, CTF-corrected but not filtered.
     frc:                   (k, n/2) between the halves inside the soft circular mask, of rings
                            0 … n/2 - 1; 0 where a half is empty.
-    resolution_0143_angst: (k,) where the FRC first falls below 0.143; NaN where it does so at once
-                           or a half has fewer than 3 particles; twice the pixel size where never.
+    resolution_0143_angst: (k,) resolution where the FRC first falls below 0.143. NaN where it is below
+                           from the first ring, or where a half has fewer than 3 particles; twice the
+                           pixel size where the FRC never falls below.
     resolution_05_angst:   (k,) the same at 0.5.
     n_particles:           (k,) usable particles.
     mean_figure_of_merit:  (k,) of those; 0 for an empty class.
@@ -332,7 +333,7 @@ def turned_ctf(ctf: CtfTable, psi_rad: Float[Tensor, "b"]) -> CtfTable:
 
 
 def _quotient(signal: Complex[Tensor, "*k p"], weight: Float[Tensor, "*k p"]) -> Complex[Tensor, "*k p"]:
-    """S over a weight, 0 where the weight is none (no particle) or endless (no signal)."""
+    """S divided by a weight; 0 where the weight is 0 (no particle) or infinite (no signal)."""
     return torch.where(weight > 0, signal / torch.where(weight > 0, weight, 1.0), 0.0)
 
 
@@ -356,7 +357,7 @@ def ring_correlation(a: Float[Tensor, "k n n"], b: Float[Tensor, "k n n"]) -> Fl
 def crossing_ring(frc: NDArray[np.float64], threshold: float) -> float:
     """Where an FRC of n/2 rings first falls below a threshold, between rings.
 
-    NaN where it starts below, n/2 where it never falls. Ring 0, the mean, is not looked at.
+    NaN where it starts below, n/2 where it never falls. Ring 0, which holds the mean, is left out.
     """
     below = np.flatnonzero(frc[1:] < threshold) + 1
     if len(below) == 0:

@@ -1,4 +1,4 @@
-"""What a finished job's classes.star says of its classes, and which of them it speaks for."""
+"""The classes.star of a finished job: its classes, and which of them are worth keeping by their numbers."""
 
 from __future__ import annotations
 

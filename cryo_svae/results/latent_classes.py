@@ -36,16 +36,16 @@ class Classes:
 
 
 def default_classes(n_particles: int) -> int:
-    """Number of classes where the user says nothing: a hundred particles each, 50 at most."""
+    """The default number of classes: one for every hundred particles, but 50 at most."""
     return max(1, min(MOST_CLASSES, n_particles // PARTICLES_A_CLASS))
 
 
 def classify(table: EstimateTable, n_classes: int, seed: int) -> Classes:
     """k-means (k-means++ start) on the z of usable particles, and the likeliest class of each particle.
 
-    Centres are those of 25,000 particles drawn at random, where there are more. There are fewer classes
-    than asked for where z are too few, and where z is known too badly for a class to be any particle's
-    likeliest.
+    With more than 25,000 particles the centres are found from 25,000 of them, drawn at random. There are
+    fewer classes than asked for where there are too few different z, and where z is known so badly that
+    a class is no particle's likeliest one.
     """
     from scipy.cluster.vq import kmeans2  # a quarter of a second, for those who classify
 

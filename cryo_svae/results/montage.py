@@ -1,8 +1,8 @@
-"""Pictures turned and moved to one another, so that a montage of classes reads in one frame.
+"""Class images aligned to one another, so that all images of a montage are shown in one frame.
 
-Only pictures are turned. A model decodes each z in a frame of its own, which changes smoothly over
-the latent space, and the poses of the particles belong to that frame; turning them class by class
-would tear psi at every border between classes.
+Only the images for display are turned. A model decodes each z in a frame of its own, which changes
+smoothly over the latent space, and the poses of the particles belong to that frame; turning them class
+by class would make psi jump at every border between classes.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 RELION compares templates in the grey scale that normalised particles have: background 0, noise of
 standard deviation 1, protein white (``--invert`` where the micrograph's is dark). It takes a template's
 diameter from where its pixels differ from those of the corner, so outside of the particle they are 0.
-Templates finer than 20 Å find themselves in noise (Henderson 2013, PNAS 110, 18037). Sources: RELION's
-autopicker.cpp, and the default of its low-pass filter.
+Templates with detail finer than 20 Å are found even in pure noise (Henderson 2013, PNAS 110, 18037).
+Sources: RELION's autopicker.cpp, and the default of its low-pass filter.
 """
 
 from __future__ import annotations
