@@ -43,7 +43,8 @@ print(f"its z: {table.z[0].round(2)} ± {table.z_std[0].round(2)}")
 # %% [markdown]
 # ## Images along the latent axis
 #
-# The model's own images, from the 2nd to the 98th percentile of z: the hinge opens.
+# The images that the model generates, from the 2nd to the 98th percentile of z: the hinge moves from one
+# end of its range to the other.
 
 # %%
 ends = np.percentile(table.z[:, 0], np.linspace(2, 98, 7))[:, None]
