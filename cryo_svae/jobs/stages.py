@@ -216,7 +216,10 @@ def write_estimates(
         page = gather(job, particles, checkpoint, found, settings, score, device)
         write_report(job.path("report.html"), page)
     if len(classes.centre) < n_classes:
-        log.info("%d classes asked for: z is not known well enough to tell so many apart", n_classes)
+        log.info(
+            "fewer classes than the %d asked for: z is not known well enough to tell so many apart",
+            n_classes,
+        )
     log.info(
         "%d classes of %d particles; open %s",
         len(classes.centre),

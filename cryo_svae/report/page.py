@@ -181,8 +181,8 @@ def _classes(data: ReportData, colours: list[str]) -> str:
         )
     return (
         f"<p>{intro}Each image has its own grey scale. Tick classes to get the command that keeps them. "
-        "The pictures are turned and moved to one another, to be compared; the files keep the frame that "
-        "the particles’ psi and origins belong to (classes.star holds the turns).</p>"
+        "The images are aligned to one another here, so that they can be compared; the files keep the "
+        "frame that the particles’ psi and origins belong to (classes.star holds how each is turned).</p>"
         f'{_proposal(data)}<div class="cards{"" if averages is None else " pairs"}">{"".join(cards)}</div>'
         f'<p class="command" id="keep" data-command="{escape(command)}" hidden>'
         "<span></span> <code></code></p>"
@@ -203,7 +203,7 @@ def _proposal(data: ReportData) -> str:
     return (
         f"<p>Proposed by size, figure of merit and resolution: {ranges(good).replace('-', '–')} "
         f"(what <code>{escape(command)}</code> takes). The others’ cards say what speaks against them. A "
-        "contaminant that aligns well is not told from a particle: look. "
+        "contaminant that aligns well cannot be told from a particle by these numbers: look at the images. "
         '<button id="propose">Tick those proposed</button></p>'
     )
 
@@ -265,8 +265,8 @@ def _manifold(data: ReportData) -> str:
     kind = "manifold strip" if rows == 1 else "manifold"
     where = f"the plane of {first} and {second}" if two else first
     return (
-        f"<p>What the generator makes of points over {where}{rest}, in one pose, without noise or CTF; "
-        f'one grey scale for all.</p><div class="{kind}">{left}{picture}{below}</div>'
+        f"<p>The images that the generator makes at points over {where}{rest}, in one pose, without noise "
+        f'or CTF; one grey scale for all.</p><div class="{kind}">{left}{picture}{below}</div>'
     )
 
 
@@ -282,7 +282,8 @@ def _traversals(data: ReportData) -> str:
     return (
         "<p>Decoded images along each axis of z and along its principal axes (pc), between the 2nd and "
         "98th percentiles of the particles, all else at the mean; one grey scale for each. "
-        f'What moves here is what the model found to vary.</p><div class="traversals">{figures}</div>'
+        "What changes along an axis is what the model found to vary between particles.</p>"
+        f'<div class="traversals">{figures}</div>'
     )
 
 

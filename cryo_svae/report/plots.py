@@ -47,7 +47,7 @@ def distributions(data: ReportData) -> str:
             x_ticks=(-180, -90, 0, 90, 180),
         )
         strength, order, _ = warnings.clustering(data.psi_deg[good])
-        text = "In-plane angles: flat, within the band that chance allows, is as it should be. "
+        text = "In-plane angles. They should be evenly spread, within the band that chance allows. "
         text += f"Strongest clustering {strength:.2f} of 1"
         text += "." if order == 1 else f" (around {order} angles)."
         parts.append((psi, text))
