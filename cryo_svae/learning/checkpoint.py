@@ -85,7 +85,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint onto the CPU, and checks all of it; InputError where it is not one of ours."""
+    """Reads a checkpoint onto the CPU and checks all of it; raises InputError for any other file."""
 
     def wrong(found: str) -> InputError:
         return InputError(

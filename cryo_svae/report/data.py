@@ -1,4 +1,4 @@
-"""What the page shows, as plain arrays and strings, whatever it was read from."""
+"""All data that the report shows, as plain arrays and strings."""
 
 from __future__ import annotations
 

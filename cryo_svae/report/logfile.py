@@ -1,4 +1,4 @@
-"""logfile.pdf: what a finished job found, on two pages, for programs that show PDF and no HTML."""
+"""logfile.pdf: the results of a finished job on two pages, for programs that show PDF but not HTML."""
 
 from __future__ import annotations
 

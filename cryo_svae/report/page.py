@@ -1,4 +1,4 @@
-"""The page: ReportData in, one HTML file out that needs nothing else to be read."""
+"""The report: ReportData in, one self-contained HTML file out."""
 
 from __future__ import annotations
 

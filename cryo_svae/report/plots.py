@@ -1,4 +1,4 @@
-"""The page's plots: poses and merit, what z follows, resolution, learning; each a piece of HTML."""
+"""The plots of the report, each as HTML: poses and merit, what z depends on, resolution, learning."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Random molecules: chains of round domains, so that claims need not rest on one shape.
+"""Random molecules, made of chains of round domains, so that measurements need not rest on one shape.
 
-A seed is a molecule. Domains touch one another in turn, like beads on a string that fold back by chance;
-their sizes differ, so that no two ends are alike.
+Each seed gives another molecule. Every domain touches the one before it, like beads on a string that folds
+back at random. The sizes of the domains differ, so that the two ends are never alike.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A simulated set as RELION files: what a run may see, and the truth beside it."""
+"""A simulated set as RELION files: the particles that a run reads, and beside them the truth."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Particles as they come: cut from micrographs, with neighbours, coloured noise, uneven ice and junk.
+"""Particles cut from simulated micrographs, with neighbours, coloured noise, uneven ice and junk.
 
-Particles are strewn over a micrograph no nearer to one another than a distance, multiplied by its contrast,
-which a gradient of the ice's thickness changes from one side to the other, and seen through its CTF. Ice
-crystals and a plane of background are added, and noise whose power falls with frequency. Boxes are cut at
-picks, which miss the particles' centres a little.
+Particles are placed at random over a micrograph, not nearer to one another than a given distance. They are
+multiplied by the contrast of the micrograph, which a gradient in the thickness of the ice changes from one
+side to the other, and by its CTF in Fourier space. Ice crystals, a linear background and noise whose power
+falls with frequency are added. Boxes are cut at picks, which lie a little off the centres of the particles.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ def hinge() -> Molecule:
 
 
 def c2() -> Molecule:
-    """Two like arms, 180° apart, bending at the elbow by 25° c: psi is known up to 180°."""
+    """Two equal arms, 180° apart, bending at the elbow by 25° c: psi is determined up to 180°."""
     inner = ball((18.0, 0.0, 0.0), 18.0, 40)
     outer = ball((24.0, 12.0, 0.0), 16.0, 30)
 
@@ -135,7 +135,7 @@ def c2() -> Molecule:
 
 
 def ring() -> Molecule:
-    """A ring whose radius breathes by 8 % c: nothing tells psi."""
+    """A ring whose radius changes by 8 % c: psi cannot be determined."""
     azimuth = torch.arange(48) * (2.0 * math.pi / 48)
     circle = torch.stack([torch.cos(azimuth), torch.sin(azimuth), torch.zeros(48)], -1)
 
