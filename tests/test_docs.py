@@ -57,7 +57,8 @@ def test_the_tutorial_s_commands_run(shared_data, relion, tmp_path):
     assert float(same) > 90.0
 
 
-def test_the_notebook_is_the_script_and_runs(tmp_path):
+def test_the_notebook_is_the_script_and_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of its kernel, whose waiting threads would hold the cores
     example = REPOSITORY / "example_data"
     kept = nbformat.read(example / "walkthrough.ipynb", as_version=4)
     made = runpy.run_path(str(DOCS / "make_notebook.py"))["cells"]((example / "walkthrough.py").read_text())
