@@ -33,7 +33,7 @@ from cryo_svae.learning.training import Schedule, fit, seed_everything
 from cryo_svae.learning.training_store import OUTLIER, TrainingStore, build_store
 from cryo_svae.models import CONFIG_CLASSES, ENGINES
 from cryo_svae.models.engine import TrainingDefaults
-from cryo_svae.particles.extent import found_diameter_angst
+from cryo_svae.particles.extent import fitted
 from cryo_svae.particles.images import ImageSource
 from cryo_svae.particles.particle_set import ParticleSet
 from cryo_svae.particles.preprocessing import CPU, Preparation, plan_preparation, prepared_images
@@ -94,12 +94,11 @@ def plan_training(settings: Mapping[str, Any], particles: ParticleSet, source: s
             expected="rlnDefocusU and its companions",
             remedy="leave --ctf out, or estimate the CTF first.",
         )
-    if of_images.mask_diameter is None:
-        device = pick_device(of_compute.device)
-        diameter = found_diameter_angst(ImageSource(particles), preparation, use_ctf, device)
-        if diameter is not None:
-            preparation = dataclasses.replace(preparation, mask_diameter_angst=diameter)
-            log.info(f"particles fit a circle of {diameter:.0f} Å, by their images (else --mask-diameter)")
+    whole = preparation
+    preparation = fitted(ImageSource(particles), whole, of_images, pick_device(of_compute.device))
+    if preparation is not whole:
+        diameter = preparation.mask_diameter_angst
+        log.info(f"particles fit a circle of {diameter:.0f} Å, by their images (else --mask-diameter)")
     defaults = engine_class.training_defaults
     epochs, batch_size = of_training.epochs, of_training.batch_size
     if epochs is None:

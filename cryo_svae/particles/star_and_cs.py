@@ -1,8 +1,8 @@
 """What a RELION STAR file and a CryoSPARC .cs file both hold of a particle, and how each writes it.
 
 blob/path without a leading >, blob/idx from 0: rlnImageName, slices from 1
-ctf/exp_group_id from 0: rlnOpticsGroup from 1; with blob/psize_A, blob/shape, ctf/accel_kv, ctf/cs_mm
-    and ctf/amp_contrast its row of data_optics
+ctf/exp_group_id from 0: rlnOpticsGroup from 1; with blob/psize_A, blob/shape, ctf/accel_kv, ctf/cs_mm,
+    ctf/amp_contrast and location/micrograph_psize_A its row of data_optics
 ctf/df1_A, df2_A, df_angle_rad, phase_shift_rad: rlnDefocusU, V (Å), rlnDefocusAngle, rlnPhaseShift (°)
 ctf/scale, bfactor: rlnCtfScalefactor, rlnCtfBfactor (Å²)
 ctf/anisomag, row by row, with the identity taken off: rlnMagMat00, 01, 10, 11 of data_optics
@@ -51,6 +51,7 @@ OPTICS = {
     "ctf/accel_kv": "rlnVoltage",
     "ctf/cs_mm": "rlnSphericalAberration",
     "ctf/amp_contrast": "rlnAmplitudeContrast",
+    "location/micrograph_psize_A": "rlnMicrographPixelSize",
 }
 MAG_MATRIX = ("rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11")
 BEAM_TILT = ("rlnBeamTiltX", "rlnBeamTiltY")

@@ -65,10 +65,10 @@ class SelectionConfig:
     top: str | None = option(
         None, "the best of what the other options allow, by figure of merit, e.g. 50%%"
     )
-    min_distance: float | None = option(
+    min_distance: str | None = option(
         None,
-        "of particles picked twice, nearer than this in one micrograph (pixels of rlnCoordinateX), only "
-        "the one of the highest figure of merit",
+        "of particles picked twice, nearer than this in one micrograph (in Å, e.g. 40, or in pixels of "
+        "rlnCoordinateX, e.g. 40px), only the one of the highest figure of merit",
     )
     invert: bool = option(False, "take all the others instead")
     templates: Path | None = option(
@@ -79,7 +79,7 @@ class SelectionConfig:
 
     def __post_init__(self) -> None:
         if self.min_distance is not None:
-            check(0 < self.min_distance < math.inf, "min_distance", self.min_distance, "pixels above 0")
+            distance(self.min_distance)
         given = (self.classes, self.where, self.particles, self.top, self.min_distance)
         if given == (None,) * 5 and not self.auto:
             raise InputError(
@@ -104,6 +104,14 @@ class SelectionConfig:
             )
 
 
+def distance(text: str) -> tuple[float, bool]:
+    """A distance such as ``40`` or ``40px``: the number, and whether it is in pixels instead of Å."""
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(px)?\s*", text, re.ASCII)
+    number = float(match[1]) if match else math.nan
+    check(0 < number < math.inf, "min_distance", text, "Å above 0, e.g. 40, or pixels, e.g. 40px")
+    return number, bool(match and match[2])
+
+
 def settle(job: Path, config: SelectionConfig) -> tuple[SelectionConfig, list[str]]:
     """A selection with the classes that --auto stands for named, and lines that say which and why."""
     if not config.auto:
@@ -116,7 +124,7 @@ def select(job: Path, out: Path, config: SelectionConfig) -> tuple[int, int]:
     """Writes the particles of a job that a selection allows; how many they are, and of how many."""
     config, _ = settle(job, config)
     star, block = read_job_particles(job)
-    rows = select_rows(block, config)
+    rows = select_rows(star, block, config)
     if is_cs(out):
         _write_cs_selection(job, block, out, rows)
     else:
@@ -147,7 +155,7 @@ def read_job_particles(job: Path) -> tuple[StarFile, StarBlock]:
     )
 
 
-def select_rows(block: StarBlock, config: SelectionConfig) -> NDArray[np.intp]:
+def select_rows(star: StarFile, block: StarBlock, config: SelectionConfig) -> NDArray[np.intp]:
     """Rows of the particles that a selection allows, in file order; an empty selection is an error."""
     kept = np.ones(block.n_rows, dtype=bool)
     if config.classes is not None:
@@ -157,7 +165,7 @@ def select_rows(block: StarBlock, config: SelectionConfig) -> NDArray[np.intp]:
     if config.particles is not None:
         kept &= listed(config.particles, block.n_rows)
     if config.min_distance is not None:
-        kept = without_duplicates(block, kept, config.min_distance)
+        kept = without_duplicates(star, block, kept, config.min_distance)
     if config.top is not None:
         kept = best_of(block, kept, config.top)
     if config.invert:
@@ -273,20 +281,13 @@ def best_of(block: StarBlock, kept: Flags, text: str) -> Flags:
     return chosen
 
 
-def without_duplicates(block: StarBlock, kept: Flags, distance_px: float) -> Flags:
+def without_duplicates(star: StarFile, block: StarBlock, kept: Flags, text: str) -> Flags:
     """The kept particles without those nearer to a better one of their micrograph than a distance.
 
     From the highest figure of merit down, each that is still there takes its neighbours out.
     """
-    for label in ("rlnMicrographName", "rlnCoordinateX", "rlnCoordinateY"):
-        if not block.has(label):
-            raise InputError(
-                "--min-distance",
-                found=f"particles without {label}",
-                expected="the micrograph and the place of each",
-                remedy="leave it out, or add the columns of the extraction job.",
-            )
-    place = np.column_stack([block.numbers("rlnCoordinateX"), block.numbers("rlnCoordinateY")])
+    least, is_px = distance(text)
+    place = _places(star, block, is_px)
     merit = block.numbers("rlnParticleFigureOfMerit")
     _, micrograph = np.unique(block.text("rlnMicrographName"), return_inverse=True)
     order = np.flatnonzero(kept)
@@ -296,8 +297,35 @@ def without_duplicates(block: StarBlock, kept: Flags, distance_px: float) -> Fla
         for k, row in enumerate(rows):
             if alone[row]:
                 later = rows[k + 1 :]
-                alone[later[np.hypot(*(place[later] - place[row]).T) < distance_px]] = False
+                alone[later[np.hypot(*(place[later] - place[row]).T) < least]] = False
     return alone
+
+
+def _places(star: StarFile, block: StarBlock, is_px: bool) -> Reals:
+    """Places (n, 2) in the micrographs, in their pixels or in Å."""
+    for label in ("rlnMicrographName", "rlnCoordinateX", "rlnCoordinateY"):
+        if not block.has(label):
+            raise InputError(
+                "--min-distance",
+                found=f"particles without {label}",
+                expected="the micrograph and the place of each",
+                remedy="leave it out, or add the columns of the extraction job.",
+            )
+    place = np.column_stack([block.numbers("rlnCoordinateX"), block.numbers("rlnCoordinateY")])
+    if is_px:
+        return place
+    from cryo_svae.particles.close_picks import micrograph_pixel_sizes
+    from cryo_svae.particles.particle_set import ParticleColumns  # with torch, which costs a second
+
+    size_angst = micrograph_pixel_sizes(ParticleColumns(star, block, star.block("optics")))
+    if size_angst is None:
+        raise InputError(
+            "--min-distance",
+            found="a distance in Å, and no pixel size of the micrographs in the file",
+            expected="rlnMicrographPixelSize, or a distance in pixels of rlnCoordinateX",
+            remedy="give it in these pixels, e.g. --min-distance 40px.",
+        )
+    return place * size_angst[:, None]
 
 
 # --- expressions -----------------------------------------------------------------------------------
