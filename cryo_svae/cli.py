@@ -201,8 +201,14 @@ def _select(arguments: dict[str, Any]) -> None:
     settings, said = settle(job, config.build(SelectionConfig, arguments, "the command line"))
     for line in said:
         print(line)
-    kept, total = select(job, out, settings)
-    print(f"{kept:,} of {total:,} particles in {out}")
+    if settings.onto is not None:
+        from cryo_svae.results.onto import select_onto
+
+        for line in select_onto(job, out, settings, settings.onto):
+            print(line)
+    else:
+        kept, total = select(job, out, settings)
+        print(f"{kept:,} of {total:,} particles in {out}")
     if settings.templates is not None:
         from cryo_svae.results.picking_templates import write_templates
 

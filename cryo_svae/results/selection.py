@@ -71,6 +71,15 @@ class SelectionConfig:
         "rlnCoordinateX, e.g. 40px), only the one of the highest figure of merit",
     )
     invert: bool = option(False, "take all the others instead")
+    onto: Path | None = option(
+        None,
+        "another extraction of the same particles (unbinned, re-centred, of another box): its rows of them "
+        "are written, with the job's poses, classes and z; found by uid, or by micrograph and place",
+    )
+    tolerance: str = option(
+        "20",
+        "how far places may differ for --onto (in Å, e.g. 20, or in pixels of rlnCoordinateX, e.g. 8px)",
+    )
     templates: Path | None = option(
         None,
         "also write the averages of the classes of --classes or --auto as templates for picking: this STAR "
@@ -79,7 +88,8 @@ class SelectionConfig:
 
     def __post_init__(self) -> None:
         if self.min_distance is not None:
-            distance(self.min_distance)
+            distance(self.min_distance, "min_distance")
+        distance(self.tolerance, "tolerance")
         given = (self.classes, self.where, self.particles, self.top, self.min_distance)
         if given == (None,) * 5 and not self.auto:
             raise InputError(
@@ -104,11 +114,11 @@ class SelectionConfig:
             )
 
 
-def distance(text: str) -> tuple[float, bool]:
+def distance(text: str, option_name: str) -> tuple[float, bool]:
     """A distance such as ``40`` or ``40px``: the number, and whether it is in pixels instead of Å."""
     match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(px)?\s*", text, re.ASCII)
     number = float(match[1]) if match else math.nan
-    check(0 < number < math.inf, "min_distance", text, "Å above 0, e.g. 40, or pixels, e.g. 40px")
+    check(0 < number < math.inf, option_name, text, "Å above 0, e.g. 40, or pixels, e.g. 40px")
     return number, bool(match and match[2])
 
 
@@ -182,11 +192,12 @@ def select_rows(star: StarFile, block: StarBlock, config: SelectionConfig) -> ND
 
 def write_selection(star: StarFile, block: StarBlock, out: Path, rows: NDArray[np.intp]) -> None:
     """The same STAR file with these rows of its particles; optics and cells to the letter."""
-    _refuse_itself(out, star.path)
+    refuse_itself(out, star.path)
     write_star(out, star, block=block.name, columns={}, rows=rows)
 
 
-def _refuse_itself(out: Path, selected_from: Path) -> None:
+def refuse_itself(out: Path, selected_from: Path) -> None:
+    """Raises OutputError where a selection would overwrite what it is made from."""
     if out.exists() and out.samefile(selected_from):
         raise OutputError(f"{out}: is the file selected from.\n  To mend: give --out another name.")
 
@@ -201,7 +212,7 @@ def _write_cs_selection(job: Path, block: StarBlock, out: Path, rows: NDArray[np
             expected="a .star file, for a job of a STAR file",
             remedy="select to a .star file; cryo-svae convert makes a .cs file of it.",
         )
-    _refuse_itself(out, path)
+    refuse_itself(out, path)
     table = read_cs(path)
     if len(table) != block.n_rows:
         raise InputError(
@@ -286,7 +297,7 @@ def without_duplicates(star: StarFile, block: StarBlock, kept: Flags, text: str)
 
     From the highest figure of merit down, each that is still there takes its neighbours out.
     """
-    least, is_px = distance(text)
+    least, is_px = distance(text, "min_distance")
     place = _places(star, block, is_px)
     merit = block.numbers("rlnParticleFigureOfMerit")
     _, micrograph = np.unique(block.text("rlnMicrographName"), return_inverse=True)
