@@ -23,7 +23,8 @@ from cryo_svae.config import check, option
 from cryo_svae.errors import InputError, OutputError
 from cryo_svae.formats.cs import is_cs, read_cs, write_cs
 from cryo_svae.formats.star import StarBlock, StarFile, read_star, write_star
-from cryo_svae.results.class_table import propose
+from cryo_svae.results.class_table import class_centres, propose
+from cryo_svae.results.views import evened, most_by_balance, views_of
 
 Reals = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -70,6 +71,14 @@ class SelectionConfig:
         "of particles picked twice, nearer than this in one micrograph (in Å, e.g. 40, or in pixels of "
         "rlnCoordinateX, e.g. 40px), only the one of the highest figure of merit",
     )
+    at_most_per_view: int | None = option(
+        None,
+        "of each view (classes side by side in z) at most so many of what other options allow, the best "
+        "by figure of merit",
+    )
+    balance: float | None = option(
+        None, "the same, so many that views are as full as they are (0), or as the least full one (1)"
+    )
     invert: bool = option(False, "take all the others instead")
     onto: Path | None = option(
         None,
@@ -90,12 +99,17 @@ class SelectionConfig:
         if self.min_distance is not None:
             distance(self.min_distance, "min_distance")
         distance(self.tolerance, "tolerance")
-        given = (self.classes, self.where, self.particles, self.top, self.min_distance)
-        if given == (None,) * 5 and not self.auto:
+        most, balance = self.at_most_per_view, self.balance
+        check(most is None or most >= 1, "at_most_per_view", most, "1 or more")
+        check(balance is None or 0 <= balance <= 1, "balance", balance, "0 to 1")
+        check(most is None or balance is None, "balance", balance, "it, or --at-most-per-view")
+        given = (self.classes, self.where, self.particles, self.top, self.min_distance, most, balance)
+        if given == (None,) * len(given) and not self.auto:
             raise InputError(
                 "the command line",
                 found="nothing to select by",
-                expected="--classes, --auto, --where, --particles, --min-distance or --top",
+                expected="--classes, --auto, --where, --particles, --min-distance, --top, --balance or "
+                "--at-most-per-view",
                 remedy="say which particles, e.g. --top 50%.",
             )
         if self.auto and self.classes is not None:
@@ -178,6 +192,8 @@ def select_rows(star: StarFile, block: StarBlock, config: SelectionConfig) -> ND
         kept = without_duplicates(star, block, kept, config.min_distance)
     if config.top is not None:
         kept = best_of(block, kept, config.top)
+    if config.at_most_per_view is not None or config.balance is not None:
+        kept = by_view(star, block, kept, config)
     if config.invert:
         kept = ~kept
     if not kept.any():
@@ -290,6 +306,16 @@ def best_of(block: StarBlock, kept: Flags, text: str) -> Flags:
     chosen = np.zeros_like(kept)
     chosen[best] = True
     return chosen
+
+
+def by_view(star: StarFile, block: StarBlock, kept: Flags, config: SelectionConfig) -> Flags:
+    """The kept particles, evened out over the views of the job that they are of."""
+    view = views_of(class_centres(star.path.parent))
+    of_particle = view[np.clip(block.integers("rlnClassNumber") - 1, 0, len(view) - 1)]
+    most = config.at_most_per_view
+    if most is None:
+        most = most_by_balance(np.bincount(of_particle[kept]), config.balance or 0.0)
+    return evened(of_particle, block.numbers("rlnParticleFigureOfMerit"), kept, most)
 
 
 def without_duplicates(star: StarFile, block: StarBlock, kept: Flags, text: str) -> Flags:
