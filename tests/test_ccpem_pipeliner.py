@@ -185,9 +185,10 @@ def test_run_select_and_the_pipeliner_s_own_class_selection(pipeliner):
     assert "in Select/job003/templates.star" in pipeliner.said("Select/job003/")
     assert read_star(pipeliner.project / "Select/job003/templates.star").blocks[0].n_rows == 1
     assert (pipeliner.project / "Select/job003/templates.mrcs").stat().st_size > 0
-    pipeliner.start(SELECT, fn_parts=f"{JOB}particles.star", auto="Yes")
+    pipeliner.start(SELECT, fn_parts=f"{JOB}particles.star", auto="Yes", other_args="--at-most-per-view 7")
     assert pipeliner.ending("Select/job004/") == "Succeeded", pipeliner.said("Select/job004/")
     assert "--auto takes the classes 2;" in pipeliner.said("Select/job004/")
+    assert f"7 of {N} particles in" in pipeliner.said("Select/job004/")
 
     if shutil.which("relion_image_handler") is None:
         return  # which the Pipeliner's class selection calls

@@ -76,13 +76,14 @@ class CryoSvaeSelect(PipelinerJob):
             help_text="The averages of the selected classes, centred, protein white, 20 Å or coarser: "
             "templates.star and templates.mrcs.",
         )
-        self.get_runtab_options()
+        self.get_runtab_options(addtl_args=True)
 
     def additional_joboption_validation(self) -> list[JobOptionValidationResult]:
         """At least one condition; a file of the name that cryo-svae looks for."""
         errors = []
         is_auto = self.joboptions["auto"].get_boolean()
-        if not is_auto and not any(self.joboptions[name].value for name in CONDITIONS):
+        conditions = [self.joboptions[name].value for name in (*CONDITIONS, "other_args")]
+        if not is_auto and not any(conditions):
             message = (
                 "Give classes or have them proposed, a condition, a distance, or how many of the best."
             )
@@ -112,7 +113,7 @@ class CryoSvaeSelect(PipelinerJob):
         command += [f"--{name}" for name in ("auto", "invert") if self.joboptions[name].get_boolean()]
         if self.joboptions["templates"].get_boolean():
             command.append(f"--templates={out.with_name('templates.star')}")
-        return [PipelinerCommand(command)]
+        return [PipelinerCommand([*command, *self.parse_additional_args()])]
 
     def create_results_display(self) -> Sequence[ResultsDisplayObject]:
         """How many were taken, and plots of them."""
