@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cryo_svae import config
-from cryo_svae.config import ComputeConfig, ModelConfig, PreparationConfig, TrainingConfig
+from cryo_svae.config import ComputeConfig, ModelConfig, PoseConfig, PreparationConfig, TrainingConfig
 from cryo_svae.errors import InputError
 from cryo_svae.jobs.plan import (
     average_classes,
@@ -63,7 +63,7 @@ def load(
 
 def fit(particles: ParticleSet, **options: Any) -> Model:
     """Trains a model on particles; options as on the command line, e.g. ``z_dim=2``, ``epochs=10``."""
-    known = (PreparationConfig, ModelConfig, TrainingConfig, ComputeConfig, *CONFIG_CLASSES)
+    known = (PreparationConfig, ModelConfig, PoseConfig, TrainingConfig, ComputeConfig, *CONFIG_CLASSES)
     config.refuse_unknown(options, known, SOURCE)
     plan = plan_training(options, particles, SOURCE)
     checkpoint = new_checkpoint(plan)

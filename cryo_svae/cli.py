@@ -17,6 +17,7 @@ from cryo_svae.config import (
     ComputeConfig,
     ModelConfig,
     OutputConfig,
+    PoseConfig,
     PreparationConfig,
     SourceConfig,
     TrainingConfig,
@@ -78,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
         _add_job_options(command)
         _add_particles(command, optional=True)
         config.add_options(command, SourceConfig, PreparationConfig, ModelConfig, TrainingConfig)
-        config.add_options(command, ComputeConfig, *([OutputConfig] if command is run else []))
+        config.add_options(command, PoseConfig, ComputeConfig, *([OutputConfig] if command is run else []))
         command.late_options = _engine_options
     estimate = add("estimate", "estimate particles, perhaps others, with a trained model")
     _add_job_options(estimate)
@@ -86,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     estimate.add_argument(
         "--model", type=Path, default=argparse.SUPPRESS, metavar="MODEL.pt", help="model.pt of a job"
     )
-    config.add_options(estimate, SourceConfig, ComputeConfig, OutputConfig)
+    config.add_options(estimate, SourceConfig, PoseConfig, ComputeConfig, OutputConfig)
     inspect = add("inspect", "say what is understood of a particle file, and draw some of its images")
     _add_particles(inspect, optional=False)
     inspect.add_argument(
@@ -166,7 +167,8 @@ def run_job(
                 else "--model MODEL.pt",
                 remedy="see cryo-svae --help.",
             )
-    classes = (SourceConfig, PreparationConfig, ModelConfig, TrainingConfig, ComputeConfig, OutputConfig)
+    of_model = (PreparationConfig, ModelConfig, PoseConfig, TrainingConfig)
+    classes = (SourceConfig, *of_model, ComputeConfig, OutputConfig)
     with distributed.processes(), contextlib.ExitStack() as held:
         if distributed.restarted():  # with the same arguments, but not to start anew
             overwrite, resume = False, True
@@ -201,8 +203,14 @@ def _select(arguments: dict[str, Any]) -> None:
     settings, said = settle(job, config.build(SelectionConfig, arguments, "the command line"))
     for line in said:
         print(line)
-    kept, total = select(job, out, settings)
-    print(f"{kept:,} of {total:,} particles in {out}")
+    if settings.onto is not None:
+        from cryo_svae.results.onto import select_onto
+
+        for line in select_onto(job, out, settings, settings.onto):
+            print(line)
+    else:
+        kept, total = select(job, out, settings)
+        print(f"{kept:,} of {total:,} particles in {out}")
     if settings.templates is not None:
         from cryo_svae.results.picking_templates import write_templates
 

@@ -115,6 +115,23 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PoseConfig:
+    """What is known of poses."""
+
+    pose: Literal["free", "fixed", "prior"] | None = option(
+        None,
+        "free finds poses; fixed keeps psi and origins of the input (classification without alignment); "
+        "prior searches about them [free; where particles are estimated, as the model was trained]",
+    )
+    psi_range: float = option(20.0, "with --pose prior, how far psi may be from the input's, in degrees")
+    shift_range: float = option(10.0, "with --pose prior, how far origins may be from the input's, in Å")
+
+    def __post_init__(self) -> None:
+        check(0 < self.psi_range <= 180, "psi_range", self.psi_range, "degrees above 0, at most 180")
+        check(self.shift_range >= 0, "shift_range", self.shift_range, "Å, 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How the model is trained."""
 

@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cryo_svae.formats.star import read_star
@@ -24,6 +25,7 @@ PLUGIN = REPOSITORY / "pipelines" / "ccpem_pipeliner" / "cryo_svae_pipeliner"
 RUN, SELECT = "cryosvae.image_analysis.run", "cryosvae.select.particles"
 SMALL = "--engine coordinate --hidden 8 --encoder-hidden 8 --batch-size 8"
 JOB = "Class2D/job001/"
+N = 120  # particles of two kinds by turns, which are two classes after a dozen epochs
 
 
 @pytest.mark.parametrize("path", sorted(PLUGIN.glob("*.py")), ids=lambda path: path.name)
@@ -117,7 +119,12 @@ def pipeliner(tmp_path, make_dataset):
     found = shutil.which("pipeliner", path=None if named is None else str(Path(named) / "bin"))
     if found is None:
         pytest.skip("no pipeliner command (run pipelines/ccpem_pipeliner/test.sh)")
-    make_dataset(24)
+    y, x = np.mgrid[:16, :16] - 8
+    kinds = np.stack([np.exp(-(x**2 + y**2) / 30.0), np.exp(-(x**2) / 4.0 - y**2 / 40.0)])
+    images = 8 * kinds[np.arange(N) % 2] + np.random.default_rng(7).standard_normal((N, 16, 16))
+    places = {"rlnCoordinateX": [str(10 * k) for k in range(N)], "rlnCoordinateY": ["7"] * N}
+    places["rlnMicrographName"] = ["mics/a.mrc"] * N
+    make_dataset(N, particles=places, images=images.astype(np.float32))
     program = Pipeliner(Path(found).parent, tmp_path)
     program("--new_project")
     if RUN not in program("--available_jobs", "cryosvae"):
@@ -132,7 +139,13 @@ def test_run_select_and_the_pipeliner_s_own_class_selection(pipeliner):
     assert "latent content z" in pipeliner("--job_info", RUN)
 
     pipeliner.start(
-        RUN, fn_parts="particles.star", epochs="2", classes="2", ctf="no", invert="No", other_args=SMALL
+        RUN,
+        fn_parts="particles.star",
+        epochs="12",
+        classes="2",
+        ctf="no",
+        invert="No",
+        other_args="--batch-size 8",
     )
     assert pipeliner.ending(JOB) == "Succeeded", pipeliner.said(JOB)
     nodes = read_star(pipeliner.project / "default_pipeline.star").block("pipeline_nodes")
@@ -155,24 +168,47 @@ def test_run_select_and_the_pipeliner_s_own_class_selection(pipeliner):
     ]
     assert (pipeliner.project / shown[0]["img"]).exists()
     made = read_star(pipeliner.project / JOB / "particles.star").block("particles")
-    assert sum(shown[6]["bins"]) == len(shown[3]["data"]["z1"]) == made.n_rows == 24
+    assert sum(shown[6]["bins"]) == len(shown[3]["data"]["z1"]) == made.n_rows == N
 
-    assert "Give classes, a condition" in pipeliner.start(SELECT, fn_parts=f"{JOB}particles.star")
+    assert "Give classes or have them proposed" in pipeliner.start(SELECT, fn_parts=f"{JOB}particles.star")
     pipeliner.start(SELECT, fn_parts=f"{JOB}particles.star", where="class_number == 1", top="50%")
     assert pipeliner.ending("Select/job002/") == "Succeeded", pipeliner.said("Select/job002/")
     kept = read_star(pipeliner.project / "Select/job002/particles.star").block("particles")
     assert set(kept.integers("rlnClassNumber")) == {1}
     counts, *plots = pipeliner.results("Select/job002/")
-    assert counts["display_data"] == f"{kept.n_rows} of 24 particles of {JOB}particles.star"
+    assert counts["display_data"] == f"{kept.n_rows} of {N} particles of {JOB}particles.star"
     assert "pending" not in {result["dobj_type"] for result in plots}
+
+    templates = {"classes": "1", "min_distance": "3px", "templates": "Yes"}
+    pipeliner.start(SELECT, fn_parts=f"{JOB}particles.star", **templates)
+    assert pipeliner.ending("Select/job003/") == "Succeeded", pipeliner.said("Select/job003/")
+    assert "in Select/job003/templates.star" in pipeliner.said("Select/job003/")
+    assert read_star(pipeliner.project / "Select/job003/templates.star").blocks[0].n_rows == 1
+    assert (pipeliner.project / "Select/job003/templates.mrcs").stat().st_size > 0
+    pipeliner.start(SELECT, fn_parts=f"{JOB}particles.star", auto="Yes", other_args="--at-most-per-view 7")
+    assert pipeliner.ending("Select/job004/") == "Succeeded", pipeliner.said("Select/job004/")
+    assert "--auto takes the classes 2;" in pipeliner.said("Select/job004/")
+    assert f"7 of {N} particles in" in pipeliner.said("Select/job004/")
 
     if shutil.which("relion_image_handler") is None:
         return  # which the Pipeliner's class selection calls
     optimiser = f"{JOB}Class2D/run_it025_optimiser.star"
     pipeliner.start("pipeliner.select.classes", fn_optimiser=optimiser, classes="2")
-    assert pipeliner.ending("Select/job003/") == "Succeeded", pipeliner.said("Select/job003/")
-    chosen = read_star(pipeliner.project / "Select/job003/particles.star").block("particles")
+    assert pipeliner.ending("Select/job005/") == "Succeeded", pipeliner.said("Select/job005/")
+    chosen = read_star(pipeliner.project / "Select/job005/particles.star").block("particles")
     assert chosen.n_rows == made.integers("rlnClassNumber").tolist().count(2)
+
+
+def test_bounds_of_resolution_are_passed_on_and_one_class_is_shown(pipeliner):
+    bounds = {"lowest_resolution": "40", "highest_resolution": "5"}
+    pipeliner.start(RUN, fn_parts="particles.star", epochs="1", classes="1", other_args=SMALL, **bounds)
+    assert pipeliner.ending(JOB) == "Succeeded", pipeliner.said(JOB)
+    settings = (pipeliner.project / JOB / "config.yaml").read_text()
+    assert "lowest_resolution: 40.0" in settings
+    assert "highest_resolution: 5.0" in settings
+    shown = pipeliner.results(JOB)
+    assert "pending" not in {result["dobj_type"] for result in shown}
+    assert shown[0]["labels"][0].startswith(f"1: {N}")
 
 
 def test_an_aborted_job_is_continued_and_bad_input_fails(pipeliner):

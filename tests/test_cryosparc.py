@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import h5py
 import numpy as np
 import pytest
@@ -16,8 +18,10 @@ from cryo_svae.errors import InputError
 from cryo_svae.formats.cs import read_cs
 from cryo_svae.formats.mrc import write_stack
 from cryo_svae.formats.star import read_star
+from cryo_svae.jobs.stages import describe
 from cryo_svae.particles.images import ImageSource
 from cryo_svae.particles.particle_set import read_particles
+from cryo_svae.particles.plausibility import ignored_aberrations
 from tests.cryosparc_files import particle_fields, pose_2d, pose_3d, save_cs
 from tests.test_cli import QUICK
 
@@ -148,6 +152,48 @@ def test_the_ctf_may_lie_in_a_passthrough_file(make_cs, tmp_path):
     assert "ctf/df1_A" in read_cs(job / "particles.cs").fields
     assert "more.cs" in (job / "run.json").read_text()
     assert main(["report", str(job)]) == 0
+
+
+ANISOMAG = np.array([0.03, 0.01, -0.005, -0.02], dtype="<f4")
+
+
+def test_anisotropic_magnification_is_modelled_with_the_identity_that_the_file_leaves_out(make_cs):
+    particles = read_particles(make_cs(**{"ctf/anisomag": np.tile(ANISOMAG, (5, 1))}))
+    np.testing.assert_allclose(
+        particles.magnification, np.tile([1.03, 0.01, -0.005, 0.98], (5, 1)), rtol=1e-6
+    )
+    assert "5 distorted" in "".join(describe(particles))
+    assert ignored_aberrations(particles, 2.5) == []
+
+
+def test_groups_of_one_number_are_parted_by_their_magnification(make_cs):
+    """Particles 1 and 3 are of exposure group 7, 2 and 4 of group 8: RELION's matrix is one of a group."""
+    anisomag = np.outer([0, 1, 0, 1, 2], ANISOMAG).astype("<f4")
+    particles = read_particles(make_cs(**{"ctf/anisomag": anisomag}))
+    np.testing.assert_allclose(particles.magnification, anisomag + np.eye(2).ravel(), atol=1e-7)
+    assert particles.optics_group.tolist() == [0, 2, 0, 2, 1]
+
+
+def test_a_matrix_with_the_identity_left_in_is_refused_in_words_of_its_file(make_cs):
+    with pytest.raises(InputError, match=r"ctf/anisomag: found 2, .*\n.*0, 0, 0, 0 in .cs"):
+        read_particles(make_cs(**{"ctf/anisomag": np.tile([1, 0, 0, 1], (5, 1)).astype("<f4")}))
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "degrees"),
+    [  # of coma a third is left when a shift has made up for what it can
+        ("ctf/tilt_A", [30000, 0], 360 / 3 * 30000 * 0.0196875**2 / 8),
+        ("ctf/trefoil_A", [0, 30000], 360 / 3 * 30000 * 0.0196875**2 / 8),
+        ("ctf/tetra_A", [0, 300000, 0, 0], 360 * 300000 * 0.0196875**3 / 16),
+        ("ctf/tetra_A", [0, 0, 3000000, 0], 360 / 4 * 3000000 * 0.0196875**3 / 16),
+    ],
+)
+def test_aberrations_are_named_where_they_matter(make_cs, field, values, degrees):
+    particles = read_particles(make_cs(**{field: np.tile(values, (5, 1)).astype("<f4")}))
+    assert ignored_aberrations(particles, 10.0) == []
+    (line,) = ignored_aberrations(particles, 1.0)
+    assert field in line
+    assert float(re.search(r"up to (\d+)°", line).group(1)) == pytest.approx(degrees, rel=0.15)
 
 
 def test_blob_sign_decides_the_contrast_unless_told_otherwise(make_cs, tmp_path):

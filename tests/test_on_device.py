@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorDeviceMismatchError
 
 from benchmarks.gpu import Traffic
+from cryo_svae.imaging import geometry
 from cryo_svae.imaging.ctf import CtfTable
 from cryo_svae.learning import training
 from cryo_svae.learning.cuda_graph import Recorded
@@ -116,6 +117,22 @@ def test_estimation(name, ctf, shift_px, bounds):
         batch = store.batch_of(gpu.tensor(5, dtype=torch.long))
         found = engine.eval().infer(batch)
         assert {values.device for values in vars(found).values()} == {GPU}
+
+
+@pytest.mark.parametrize("shift_px", [0.0, 2.0])
+@pytest.mark.parametrize("psi_range_rad", [0.0, 0.4])
+def test_poses_near_known_ones(unrecorded, shift_px, psi_range_rad):
+    engine, store = made("steerable", ctf=True, shift_px=shift_px, psi_range_rad=psi_range_rad)
+    with fake_gpu() as gpu:
+        engine, store = moved(gpu, engine, store)
+        undone = geometry.undo_poses(gpu.tensor(5, BOX, BOX), gpu.tensor(5), gpu.tensor(5, 2))
+        assert (undone.device, undone.shape) == (GPU, (5, BOX, BOX))
+        optimizer = training._adam(engine, None, GPU)
+        optimizer.param_groups[0].update(fused=False, foreach=False)
+        steps = training._Steps(engine, store, optimizer, GPU)
+        assert steps.train(gpu.tensor(5, dtype=torch.long)).device == GPU
+        batch = store.batch_of(gpu.tensor(5, dtype=torch.long))
+        assert {values.device for values in vars(engine.eval().infer(batch)).values()} == {GPU}
 
 
 @pytest.mark.parametrize("held", ["on the GPU", "elsewhere"])

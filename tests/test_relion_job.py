@@ -64,6 +64,10 @@ def leftovers(folder: Path) -> list[Path]:
         (["--z-dim=8", "--mask_diameter=180"], ["--z-dim=8", "--mask-diameter=180"]),
         (["--invert", "--classes", "3"], ["--invert", "--classes", "3"]),
         (["--invert", "Yes", "--ctf", "No"], ["--invert", "--no-ctf"]),
+        (
+            ["--lowest_resolution", "60", "--highest_resolution", "10"],
+            ["--lowest-resolution", "60", "--highest-resolution", "10"],
+        ),
         (["--overwrite_pose", "yes", "--datadir", "a_b"], ["--overwrite-pose", "--datadir", "a_b"]),
     ],
 )
@@ -73,7 +77,8 @@ def test_free_parameters_are_our_options(relion, ours):
 
 def test_a_job_writes_its_outputs_its_nodes_and_its_marker(project):
     (project / JOB / "RELION_JOB_EXIT_FAILURE").touch()
-    assert run("--invert", "No", "--held_out", "0.25", "--pipeline_control", JOB) == 0
+    bounds = ["--lowest_resolution", "40", "--highest_resolution", "5"]
+    assert run("--invert", "No", *bounds, "--held_out", "0.25", "--pipeline_control", JOB) == 0
     assert markers(project / JOB) == ["RELION_JOB_EXIT_SUCCESS"]
     nodes = read_star(project / JOB / "RELION_OUTPUT_NODES.star").block("output_nodes")
     assert nodes.integers("rlnPipeLineNodeType").tolist() == [3, 5, 9, 13]
@@ -85,6 +90,8 @@ def test_a_job_writes_its_outputs_its_nodes_and_its_marker(project):
     config = (project / JOB / "config.yaml").read_text()
     assert "invert: false" in config
     assert "held_out: 0.25" in config
+    assert "lowest_resolution: 40.0" in config
+    assert "highest_resolution: 5.0" in config
     assert torch.get_num_threads() == 1
     assert leftovers(project) == []
 

@@ -23,6 +23,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+SHEAR_MARGIN = 0.06  # of the box, on each side: shears by tan(pi / 8) leave circles 1.08 times as wide
+
 Numbers = TypeVar("Numbers", Tensor, NDArray[np.float64], float)
 
 
@@ -132,3 +134,63 @@ def pose_references(
     grid = pixel_grid(references.shape[-1], references.device).to(references.dtype).reshape(1, -1, 2)
     grid = grid.expand(len(references), -1, -1)
     return _sample(references, particle_to_reference(grid, psi_rad, origin_px))
+
+
+def undo_poses(
+    images: Float[Tensor, "b n n"], psi_rad: Float[Tensor, "b"], origin_px: Float[Tensor, "b 2"]
+) -> Float[Tensor, "b n n"]:
+    """What ``align_images`` does, by Fourier interpolation: white noise stays white, and no detail is lost.
+
+    A shift, quarter turns, and three shears of at most an eighth of a turn; right within the circle that
+    touches the box. Corners hold what the box's periodic continuation brings there.
+    """
+    n = images.shape[-1]
+    phase = -2.0 * math.pi * _frequencies(n, images) * origin_px[:, 0, None, None]
+    along_rows = _ramped(images, phase)
+    phase = -2.0 * math.pi * _frequencies(n, images) * origin_px[:, 1, None, None]
+    shifted = _ramped(along_rows.mT, phase).mT
+    quarters = torch.round(psi_rad / (0.5 * math.pi))
+    rest = psi_rad - 0.5 * math.pi * quarters
+    up, across = _mirrored(shifted, -2), _mirrored(shifted, -1)
+    turned = torch.stack([shifted, up.mT, _mirrored(up, -1), across.mT])
+    turned = turned[quarters.long() % 4, torch.arange(len(images), device=images.device)]
+    margin = math.ceil(SHEAR_MARGIN * n)
+    sheared = torch.nn.functional.pad(turned, (margin,) * 4)
+    slant, tilt = torch.tan(0.5 * rest), -torch.sin(rest)
+    sheared = _sheared(_sheared(sheared, slant).mT, tilt).mT
+    return _sheared(sheared, slant)[:, margin : margin + n, margin : margin + n]
+
+
+def _frequencies(n: int, like: Tensor) -> Float[Tensor, "half"]:
+    frequencies: Tensor = torch.fft.rfftfreq(n, device=like.device, dtype=like.dtype)
+    return frequencies
+
+
+def _ramped(images: Float[Tensor, "b n n"], phase: Float[Tensor, "b #n half"]) -> Float[Tensor, "b n n"]:
+    """Rows whose Fourier coefficients are turned by phases."""
+    spectrum = torch.fft.rfft(images) * torch.polar(torch.ones_like(phase), phase)
+    moved: Tensor = torch.fft.irfft(spectrum, n=images.shape[-1])
+    return moved
+
+
+def _sheared(images: Float[Tensor, "b n n"], slant: Float[Tensor, "b"]) -> Float[Tensor, "b n n"]:
+    """J(x, y) = I(x + slant y, y)."""
+    n = images.shape[-1]
+    y = torch.arange(n, device=images.device, dtype=images.dtype) - n // 2
+    return _ramped(images, 2.0 * math.pi * _frequencies(n, images) * (slant[:, None] * y)[..., None])
+
+
+def _mirrored(images: Float[Tensor, "b n n"], axis: int) -> Float[Tensor, "b n n"]:
+    """Row or column -x in the place of x, zero staying at N//2."""
+    return images.flip(axis).roll(1, axis)
+
+
+def composed(
+    psi_rad: Float[Tensor, "b"],
+    origin_px: Float[Tensor, "b 2"],
+    then_psi_rad: Float[Tensor, "b"],
+    then_origin_px: Float[Tensor, "b 2"],
+) -> tuple[Float[Tensor, "b"], Float[Tensor, "b 2"]]:
+    """The one pose, psi and origin, of particles brought into one frame and from there into another."""
+    back = (then_origin_px[:, None] @ rotation_matrix(psi_rad))[:, 0]
+    return psi_rad + then_psi_rad, origin_px + back

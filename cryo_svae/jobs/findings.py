@@ -81,7 +81,9 @@ def gather(
     table, result = found.table, found.class_averages
     preparation, ctf = checkpoint.preparation, particles.ctf
     number, names = _micrographs(particles)
-    shift_std_px = getattr(checkpoint.engine.config, "shift_std_px", None)
+    # of whole poses, which are searched by no prior where they are built on known ones
+    is_free = preparation.known_pose is None
+    shift_std_px = getattr(checkpoint.engine.config, "shift_std_px", None) if is_free else None
     return report.ReportData(
         title=job.folder.name or str(job.folder),
         particles_file=str(particles.star.path),
@@ -101,6 +103,7 @@ def gather(
         micrograph_number=number,
         micrograph_names=names,
         decoded=found.in_one_frame(found.decoded),
+        class_centre=found.classes.centre,
         averages=report.ClassAverages(
             image=found.in_one_frame(torch.from_numpy(result.image)),
             frequency_per_angst=result.frequency_per_angst,
@@ -118,7 +121,7 @@ def gather(
         ctf_used=checkpoint.use_ctf,
         pose_found=checkpoint.engine_name != "vanilla",
         shift_prior_angst=None if shift_std_px is None else shift_std_px * preparation.pixel_size_angst,
-        max_shift_angst=settings.get("max_shift"),
+        max_shift_angst=settings.get("max_shift") if is_free else None,
         files=tuple(sorted(path.name for path in job.folder.iterdir() if not path.name.startswith("."))),
     )
 

@@ -15,10 +15,11 @@ from cryo_svae.formats.atomic import atomic_path
 from cryo_svae.jobs.plan import contrast_score
 from cryo_svae.jobs.stages import CONTRAST_SIGNIFICANCE, describe
 from cryo_svae.particles.close_picks import close_picks
+from cryo_svae.particles.extent import fitted
 from cryo_svae.particles.images import ImageSource
 from cryo_svae.particles.particle_set import read_source
 from cryo_svae.particles.plausibility import doubts, ignored_aberrations
-from cryo_svae.particles.preprocessing import plan_preparation, prepared_images
+from cryo_svae.particles.preprocessing import Preparation, plan_preparation, prepared_images
 from cryo_svae.report.png import sheet
 
 MONTAGE_PARTICLES = 40
@@ -31,7 +32,7 @@ def inspect(path: Path, source: SourceConfig, config: PreparationConfig, png: Pa
     """Lines that say what a particle file holds; draws some of its images, below them smoothed ones."""
     particles = read_source(path, source)
     images = ImageSource(particles)
-    preparation = plan_preparation(particles, config, LARGEST_BOX_PX)
+    preparation = fitted(images, plan_preparation(particles, config, LARGEST_BOX_PX), config)
     lines = describe(particles)
     score = contrast_score(images, preparation)
     if abs(score) < CONTRAST_SIGNIFICANCE:
@@ -40,6 +41,7 @@ def inspect(path: Path, source: SourceConfig, config: PreparationConfig, png: Pa
         guess = "protein white" + (": use --no-invert" if preparation.invert else "")
     else:
         guess = "protein dark: " + ("inverted" if preparation.invert else "use --invert")
+    lines.append(f"circle        {preparation.mask_diameter_angst:.0f} Å, {_whence(preparation, config)}")
     lines.append(f"contrast      {guess} (middle against background: {score:+.0f} standard errors)")
     bad = [
         int(row)
@@ -60,6 +62,13 @@ def inspect(path: Path, source: SourceConfig, config: PreparationConfig, png: Pa
     size = preparation.pixel_size_angst
     lines += [f"warning       {each}" for each in ignored_aberrations(particles, size)]
     return [*lines, f"montage       {png}"]
+
+
+def _whence(preparation: Preparation, config: PreparationConfig) -> str:
+    if config.mask_diameter is not None:
+        return "as --mask-diameter says"
+    is_whole = preparation.mask_diameter_angst >= (preparation.box_px - 2) * preparation.pixel_size_angst
+    return "the box" if is_whole else "by the images"
 
 
 def smooth(images: Float[Tensor, "b n n"], width_px: float) -> Float[Tensor, "b n n"]:

@@ -20,6 +20,7 @@ from cryo_svae.config import (
     ComputeConfig,
     ModelConfig,
     OutputConfig,
+    PoseConfig,
     PreparationConfig,
     SourceConfig,
     TrainingConfig,
@@ -33,8 +34,9 @@ from cryo_svae.learning.training import Schedule, fit, seed_everything
 from cryo_svae.learning.training_store import OUTLIER, TrainingStore, build_store
 from cryo_svae.models import CONFIG_CLASSES, ENGINES
 from cryo_svae.models.engine import TrainingDefaults
-from cryo_svae.particles.extent import found_diameter_angst
+from cryo_svae.particles.extent import fitted
 from cryo_svae.particles.images import ImageSource
+from cryo_svae.particles.known_poses import known_poses
 from cryo_svae.particles.particle_set import ParticleSet
 from cryo_svae.particles.preprocessing import CPU, Preparation, plan_preparation, prepared_images
 from cryo_svae.results import latent_classes
@@ -79,6 +81,7 @@ def plan_training(settings: Mapping[str, Any], particles: ParticleSet, source: s
     of_source = config.build(SourceConfig, settings, source)
     of_images = config.build(PreparationConfig, settings, source)
     of_model = config.build(ModelConfig, settings, source)
+    of_pose = config.build(PoseConfig, settings, source)
     of_training = config.build(TrainingConfig, settings, source)
     of_compute = config.build(ComputeConfig, settings, source)
     of_output = config.build(OutputConfig, settings, source)
@@ -94,12 +97,12 @@ def plan_training(settings: Mapping[str, Any], particles: ParticleSet, source: s
             expected="rlnDefocusU and its companions",
             remedy="leave --ctf out, or estimate the CTF first.",
         )
-    if of_images.mask_diameter is None:
-        device = pick_device(of_compute.device)
-        diameter = found_diameter_angst(ImageSource(particles), preparation, use_ctf, device)
-        if diameter is not None:
-            preparation = dataclasses.replace(preparation, mask_diameter_angst=diameter)
-            log.info(f"particles fit a circle of {diameter:.0f} Å, by their images (else --mask-diameter)")
+    whole = preparation
+    preparation = fitted(ImageSource(particles), whole, of_images, pick_device(of_compute.device))
+    if preparation is not whole:
+        diameter = preparation.mask_diameter_angst
+        log.info(f"particles fit a circle of {diameter:.0f} Å, by their images (else --mask-diameter)")
+    preparation = _with_known_poses(particles, preparation, of_pose, of_model)
     defaults = engine_class.training_defaults
     epochs, batch_size = of_training.epochs, of_training.batch_size
     if epochs is None:
@@ -112,7 +115,8 @@ def plan_training(settings: Mapping[str, Any], particles: ParticleSet, source: s
         "invert": preparation.invert,
         "mask_diameter": preparation.mask_diameter_angst,
         "ctf": use_ctf,
-        "max_shift": MAX_SHIFT_SHARE_OF_BOX * preparation.box_px * pixel_size_angst,
+        "pose": "free",
+        "max_shift": _farthest(of_pose, MAX_SHIFT_SHARE_OF_BOX * preparation.box_px * pixel_size_angst),
         "epochs": epochs,
         "batch_size": batch_size,
         "learning_rate": defaults.learning_rate_for(batch_size),
@@ -120,7 +124,7 @@ def plan_training(settings: Mapping[str, Any], particles: ParticleSet, source: s
     }
     engine_config = config.build(config_class, settings, source)
     resolved = config.as_settings(
-        of_source, of_images, of_model, of_training, of_compute, of_output, engine_config
+        of_source, of_images, of_model, of_pose, of_training, of_compute, of_output, engine_config
     )
     for name, value in found.items():
         if resolved[name] is None:
@@ -142,8 +146,62 @@ def plan_training(settings: Mapping[str, Any], particles: ParticleSet, source: s
     engine_config = dataclasses.replace(
         engine_config, mask_radius_px=preparation.mask_radius_px, **lengths_px
     )
+    if preparation.known_pose is not None:
+        engine_config = engine_class.near_known_poses(
+            engine_config, _psi_range_rad(of_pose), resolved["max_shift"] / pixel_size_angst
+        )
     others = {name: value for name, value in settings.items() if name not in resolved}
     return Plan({**others, **resolved}, engine_config, preparation)
+
+
+def _with_known_poses(
+    particles: ParticleSet, preparation: Preparation, of_pose: PoseConfig, of_model: ModelConfig
+) -> Preparation:
+    """A preparation that undoes the file's poses, where they are fixed or searched about and are there."""
+    if of_pose.pose is None or of_pose.pose == "free":
+        return preparation
+    if of_model.max_shift not in (None, _farthest(of_pose, 0.0)):  # as config.yaml repeats it
+        raise InputError(
+            "--max-shift",
+            found=f"it with --pose {of_pose.pose}",
+            expected="--shift-range, from the input's origins",
+            remedy="leave one out.",
+        )
+    preparation = dataclasses.replace(preparation, known_pose=of_pose.pose)
+    known_poses(particles, preparation)
+    return preparation
+
+
+def _psi_range_rad(of_pose: PoseConfig) -> float:
+    return geometry.radians(of_pose.psi_range) if of_pose.pose == "prior" else 0.0
+
+
+def _farthest(of_pose: PoseConfig, free_angst: float) -> float:
+    """The largest shift in Å that is looked for."""
+    if of_pose.pose is None or of_pose.pose == "free":
+        return free_angst
+    return of_pose.shift_range if of_pose.pose == "prior" else 0.0
+
+
+def hold_poses(checkpoint: Checkpoint, particles: ParticleSet, of_pose: PoseConfig) -> None:
+    """Has a trained model keep the file's poses, or search about them, as far as it was trained to."""
+    trained = checkpoint.preparation.known_pose
+    allowed = {None: ("free", "prior", "fixed"), "prior": ("prior", "fixed"), "fixed": ("fixed",)}[trained]
+    pose = of_pose.pose or trained or "free"
+    if pose not in allowed:
+        raise InputError(
+            "--pose",
+            found=f"{pose}, of a model that was trained with --pose {trained}",
+            expected=" or ".join(allowed),
+            remedy="leave it out, or train a model so.",
+        )
+    if of_pose.pose is None or of_pose.pose == "free":
+        known_poses(particles, checkpoint.preparation)
+        return
+    checkpoint.preparation = dataclasses.replace(checkpoint.preparation, known_pose=of_pose.pose)
+    known_poses(particles, checkpoint.preparation)
+    farthest_px = _farthest(of_pose, 0.0) / checkpoint.preparation.pixel_size_angst
+    checkpoint.engine.stay_near(_psi_range_rad(of_pose), farthest_px)
 
 
 def _check_band(of_model: ModelConfig, preparation: Preparation) -> None:

@@ -14,7 +14,7 @@ import torch
 import cryo_svae
 from cryo_svae import config
 from cryo_svae.computing import distributed
-from cryo_svae.config import ComputeConfig, OutputConfig, SourceConfig
+from cryo_svae.config import ComputeConfig, OutputConfig, PoseConfig, SourceConfig
 from cryo_svae.errors import TrainingError
 from cryo_svae.formats.atomic import atomic_path
 from cryo_svae.formats.mrc import write_stack
@@ -27,6 +27,7 @@ from cryo_svae.jobs.plan import (
     check_fits,
     contrast_score,
     fit_checkpoint,
+    hold_poses,
     new_checkpoint,
     pick_device,
     plan_training,
@@ -324,9 +325,11 @@ def estimate_only(job: Job, settings: Mapping[str, Any], source: str) -> None:
     particles = load_particles(job, settings, source)
     check_fits(particles, checkpoint)
     say_close_picks(particles, checkpoint.preparation)
+    of_pose = config.build(PoseConfig, settings, source)
+    hold_poses(checkpoint, particles, of_pose)
     of_compute = config.build(ComputeConfig, settings, source)
     of_output = config.build(OutputConfig, settings, source)
-    resolved = {**settings, **config.as_settings(of_compute, of_output)}
+    resolved = {**settings, **config.as_settings(of_pose, of_compute, of_output)}
     job.write_config(resolved)
     write_estimates(job, particles, checkpoint, resolved)
     write_record(job, particles, resolved)

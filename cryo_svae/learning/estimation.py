@@ -18,6 +18,7 @@ from cryo_svae.learning.checkpoint import Checkpoint
 from cryo_svae.learning.microbatches import Pieces
 from cryo_svae.models.engine import Batch, Posterior
 from cryo_svae.particles.images import ImageSource
+from cryo_svae.particles.known_poses import KnownPoses, known_poses
 from cryo_svae.particles.preprocessing import chunk_size, prepared_images, working_ctf
 
 Reals = NDArray[np.float64]
@@ -94,6 +95,9 @@ def estimate(
     ctf = None
     if checkpoint.use_ctf and source.particles.ctf is not None:
         ctf = working_ctf(source.particles.ctf, checkpoint.preparation)
+    poses = known_poses(source.particles, checkpoint.preparation)
+    if poses is not None and ctf is not None:
+        ctf = poses.turned(ctf)
     if batch_size is None:
         batch_size = chunk_size(checkpoint.preparation) if device.type == "cuda" else BATCH_ON_CPU
     # written in place: small results kept between large temporaries would hold the heap in pieces
@@ -109,7 +113,10 @@ def estimate(
     with torch.no_grad(), progress:
         for index, images, usable in chunks:
             kept = index[usable.cpu().numpy()]
-            represented = engine.represent(images[usable])
+            taken = images[usable]
+            if poses is not None:
+                taken = poses.undone(taken, torch.from_numpy(kept))
+            represented = engine.represent(taken)
             asked = []
             for place, turns in _alike(kept, ctf, batch_size):
                 row = torch.from_numpy(kept[place])
@@ -122,10 +129,26 @@ def estimate(
             progress.update(len(index))
         for estimated, posterior in pending:
             fill(table, estimated, posterior.to("cpu"), pixel_size_angst)
+    if poses is not None:
+        _behind(table, poses, pixel_size_angst, checkpoint.preparation.known_pose == "fixed")
     for field in fields(table):
         values = torch.from_numpy(getattr(table, field.name))
         distributed.unite(values, block)
     return table
+
+
+def _behind(table: EstimateTable, poses: KnownPoses, pixel_size_angst: float, is_fixed: bool) -> None:
+    """Makes of what was found behind known poses whole poses; fixed ones are certain."""
+    row = np.flatnonzero(table.usable)
+    rest = geometry.radians(torch.from_numpy(table.psi_deg[row]))
+    origin = torch.from_numpy(table.origin_angst[row]) / pixel_size_angst
+    if is_fixed:
+        rest, origin = torch.zeros_like(rest), torch.zeros_like(origin)
+        for certain in (table.psi_std_deg, table.origin_std_angst, table.second_mode):
+            certain[row] = 0.0
+    psi, whole = poses.then(torch.from_numpy(row), rest, origin)
+    table.psi_deg[row] = geometry.degrees(psi).numpy()
+    table.origin_angst[row] = (whole * pixel_size_angst).numpy()
 
 
 def _alike(

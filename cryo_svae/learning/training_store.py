@@ -25,6 +25,7 @@ from cryo_svae.errors import InputError, OutputError
 from cryo_svae.imaging.ctf import CtfTable
 from cryo_svae.models.engine import Batch, Engine
 from cryo_svae.particles.images import ImageSource
+from cryo_svae.particles.known_poses import known_poses
 from cryo_svae.particles.preprocessing import CPU, Preparation, prepared_images, working_ctf
 
 IN_MEMORY_BYTES = 2**30
@@ -148,8 +149,12 @@ def build_store(
     filled = 0
     energy = torch.zeros(len(particles), dtype=torch.float64)
     own = np.arange(len(particles))[distributed.block(len(particles))]
+    poses = known_poses(particles, preparation)
     for index, images, usable in prepared_images(source, own, preparation, device=device):
-        kept = engine.represent(images[usable]).detach()
+        taken = images[usable]
+        if poses is not None:
+            taken = poses.undone(taken, torch.from_numpy(index)[usable.cpu()])
+        kept = engine.represent(taken).detach()
         if image is None:
             image = _allocate((len(own), *kept.shape[1:]), scratch, device)
         most = torch.finfo(image.dtype).max  # a hot pixel may be beyond half precision
@@ -176,7 +181,8 @@ def build_store(
     ctf = None
     if use_ctf and particles.ctf is not None:
         usable_rows = torch.from_numpy(np.concatenate(rows))
-        ctf = working_ctf(particles.ctf, preparation)[usable_rows].to(image.device)
+        ctf = working_ctf(particles.ctf, preparation)
+        ctf = (ctf if poses is None else poses.turned(ctf))[usable_rows].to(image.device)
     first = int(n_held[: distributed.rank()].sum())
     particle = usable_of_all.nonzero()[:, 0]
     store = TrainingStore(image[:filled], ctf, particle.numpy(), first)

@@ -120,7 +120,7 @@ class ContentSpace:
             energy.flatten(1, 2).unflatten(-1, (len(self.basis), -1)),
             half_turns[angle % len(half_turns)],
             look.spectra.shape[2],
-            look.n_psi,
+            log_prior if isinstance(log_prior := look.log_prior_psi, float) else log_prior[angle],
         )
 
 
@@ -148,22 +148,24 @@ class Sight:
     energy:     <h² R_psi q / sigma², R_psi q'> of each two of them (b, e, k, k), by the waves of psi that
                 it is the sum of.
     half_turns: these waves at each angle (b, w, e).
+    log_prior_psi: log prior masses of these angles (b, w), or the one number that all have.
     """
 
     inner: Float[Tensor, "b c k"]
     energy: Float[Tensor, "b e k k"]
     half_turns: Float[Tensor, "b w e"]
     n_origins: int
-    n_psi: int
+    log_prior_psi: Float[Tensor, "b w"] | float
 
     def scores(
         self, at: Float[Tensor, "b n k"], log_prior: Float[Tensor, "b #n t"]
     ) -> Float[Tensor, "b n w t"]:
-        """l(psi, o) + log prior masses of n contents: uniform psi, and those given of the trial origins."""
+        """l(psi, o) + log prior masses of n contents: of psi, and those given of the trial origins."""
         by_wave = (at[:, None] @ self.energy).mul_(at[:, None]).sum(-1)
         energy = by_wave.mT @ self.half_turns.mT
         inner = (at @ self.inner.mT).unflatten(-1, (-1, self.n_origins))
-        prior = (log_prior - math.log(self.n_psi))[:, :, None]
+        of_psi = self.log_prior_psi
+        prior = log_prior[:, :, None] + (of_psi if isinstance(of_psi, float) else of_psi[:, None, :, None])
         scores: Tensor = inner.sub_(0.5 * energy[..., None]).add_(prior)
         return scores
 

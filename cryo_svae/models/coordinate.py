@@ -7,6 +7,7 @@ and standard deviations of theta, o and z from the flattened image.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -176,6 +177,25 @@ class CoordinateEngine(Engine):
             posed = geometry.particle_to_reference(points, psi_rad, origin_px)
         output: Tensor = self.generator(posed / (self.box_px / 2), z)
         return output
+
+    @staticmethod
+    def near_known_poses(
+        config: CoordinateConfig, psi_range_rad: float, max_shift_px: float
+    ) -> CoordinateConfig:
+        """A pose of normal priors half as wide as the ranges, or none where they are 0; images are seen as
+        they stand, not turned.
+        """
+        turns, moves = psi_range_rad > 0.0, max_shift_px > 0.0
+        return dataclasses.replace(
+            config,
+            rotate=config.rotate and turns,
+            translate=config.translate and moves,
+            augment_rotation=False,
+            pose_candidates=1,
+            rotation_prior="normal",
+            rotation_std_deg=geometry.degrees(psi_range_rad) / 2.0 if turns else config.rotation_std_deg,
+            shift_std_px=max_shift_px / 2.0 if moves else config.shift_std_px,
+        )
 
     def represent(self, images: Float[Tensor, "b *c n n"]) -> Float[Tensor, "b c n n"]:
         """Images with a channel axis, within the bounds of resolution."""

@@ -212,6 +212,17 @@ class Engine(nn.Module, ABC):
         """Whether training is the faster for it on a processor that multiplies such matrices."""
         return False
 
+    @staticmethod
+    @abstractmethod
+    def near_known_poses(config: Any, psi_range_rad: float, max_shift_px: float) -> Any:
+        """The config of an engine for images whose known poses are undone, that looks for what is left of
+        psi and origin within these alone; a range of 0 is none.
+        """
+
+    def stay_near(self, psi_range_rad: float, max_shift_px: float) -> None:
+        """From now on, poses are sought within these of psi 0 and origin 0 alone."""
+        self.config = self.near_known_poses(self.config, psi_range_rad, max_shift_px)
+
     @abstractmethod
     def represent(self, images: Float[Tensor, "b n n"]) -> Float[Tensor, "b ..."]:
         """What the engine keeps of prepared images (white particle, background mean 0, sd 1)."""

@@ -25,6 +25,7 @@ from torch import Tensor
 from cryo_svae.imaging.polar import PolarTransform
 
 ORDER_BLOCKS = 4  # orders are multiplied in blocks, for the high ones have fewer rings
+LOG_IMPOSSIBLE = -1e6  # prior mass of rotations out of range: a number, so that 0 times it is 0
 LOG_NEGLIGIBLE = math.log(1e-12)  # of a probability; much smaller ones are denormal numbers, and slow
 
 
@@ -52,9 +53,17 @@ class ByOrder:
 
     power: of each content on each ring (k, r).
     turns: waves of n_psi rotations, of which products are the coefficients (n, m).
+    reach: how many steps of rotation ``greatest`` goes either way.
     """
 
-    def __init__(self, polar: PolarTransform, content: Float[Tensor, "k 2 p"], n_psi: int) -> None:
+    def __init__(
+        self,
+        polar: PolarTransform,
+        content: Float[Tensor, "k 2 p"],
+        n_psi: int,
+        psi_range_rad: float | None = None,
+    ) -> None:
+        self.reach = n_psi // 2 if psi_range_rad is None else rotations_within(psi_range_rad, n_psi)
         self.power = polar.ring_sum(content.square().sum(1))
         self.turns = waves(polar.n_orders, n_psi, content.device)
         by_order = polar.by_order(content).permute(1, 2, 0)
@@ -80,6 +89,11 @@ class ByOrder:
         return products.view(2 * n_orders, n, n_origins, k).transpose(0, 1)
 
 
+def rotations_within(psi_range_rad: float, n_psi: int) -> int:
+    """Steps of 2 pi / n_psi that lie within a range, either way."""
+    return min(n_psi // 2, math.floor(psi_range_rad * n_psi / (2.0 * math.pi) + 1e-6))
+
+
 def waves(n_orders: int, n_psi: int, device: torch.device) -> Float[Tensor, "n m"]:
     """cos m psi_j, then sin m psi_j, of orders m in columns and angles psi_j = 2 pi j / n_psi in rows."""
     turn = torch.arange(n_psi, device=device)[:, None] * torch.arange(n_orders, device=device) % n_psi
@@ -95,12 +109,14 @@ class Look:
     power:   h² / sigma² on the polar samples of half a turn (b, rings, h), the other half being the same,
              or (b, rings, 1) without astigmatism.
     n_psi:   number of rotations, at least the number of polar angles; even.
+    log_prior_psi: log prior masses of the rotations (n,), or the one number that all have.
     """
 
     polar: PolarTransform
     spectra: Complex[Tensor, "b o t r"]
     power: Float[Tensor, "b r h"]
     n_psi: int
+    log_prior_psi: Float[Tensor, "n"] | float
 
     @cached_property
     def _power_spectrum(self) -> Complex[Tensor, "b r e"]:
@@ -117,9 +133,9 @@ class Look:
         return scores
 
     def greatest(self, content: ByOrder) -> Float[Tensor, "b t k"]:
-        """The greatest l(psi, o) of all psi, for the same contents and every particle, taken for round."""
+        """The greatest l(psi, o) of psi within reach, for the same contents and every round particle."""
         real, imag = content.products(self.spectra).flatten(2).chunk(2, 1)
-        half_turn = content.turns[: len(content.turns) // 2 + 1].expand(len(real), -1, -1)
+        half_turn = content.turns[: content.reach + 1].expand(len(real), -1, -1)
         cos, sin = half_turn.chunk(2, 2)
         # the score at psi is the sum of an even and an odd part, that at -psi their difference
         inner = (cos @ real).add_((sin @ imag).abs_()).amax(1)
@@ -167,9 +183,9 @@ class Look:
     def scores(
         self, content: Float[Tensor, "#b k 2 p"], log_prior: Float[Tensor, "b #k t"]
     ) -> Float[Tensor, "b k t n"]:
-        """l(psi, o) + log prior masses of k contents: uniform psi, and those given of the trial origins."""
+        """l(psi, o) + log prior masses of k contents: of psi, and those given of the trial origins."""
         inner, energy = self.inner(content), self.energy(content)
-        prior = (log_prior - math.log(self.n_psi))[..., None]
+        prior = log_prior[..., None] + self.log_prior_psi
         if energy.shape[-1] == 1:
             return inner.add_(prior - 0.5 * energy[:, :, None])
         return inner.sub_(0.5 * energy[:, :, None]).add_(prior)
@@ -182,10 +198,11 @@ class Look:
         return packed
 
     def posterior(self, content: Float[Tensor, "b 2 p"], log_prior: Float[Tensor, "b t"]) -> PosePosterior:
-        """The posterior under log prior masses of the trial origins and uniform psi."""
+        """The posterior under log prior masses of the trial origins and those of psi."""
         joint = self.scores(content[:, None], log_prior[:, None])[:, 0]
         log_evidence, probability = normalised(joint)
-        log_ratio = (probability * (joint - log_prior[..., None])).sum((1, 2)) + math.log(self.n_psi)
+        log_ratio = (probability * (joint - log_prior[..., None])).sum((1, 2))
+        log_ratio = log_ratio - (probability.sum(1) * self.log_prior_psi).sum(1)
         filtered = self.filtered(content[:, None], probability.sum(1))[:, 0]
         return PosePosterior(
             log_evidence, probability, log_ratio - log_evidence, self.aligned(probability), filtered

@@ -162,7 +162,8 @@ class PosteriorSearch(nn.Module):
             n_psi = FINER_ANGLES * engine.polar.n_angles
             space = ContentSpace(engine.generator, engine.polar, engine.noise, self.drawn, n_psi)
             known = engine.generator(engine.known_z)[..., : self.coarse.n_pairs]
-            self._kept = made_of, _Prepared(space, ByOrder(self.coarse, known, self.coarse.n_angles))
+            n_angles, psi_range_rad = self.coarse.n_angles, engine.config.psi_range_rad
+            self._kept = made_of, _Prepared(space, ByOrder(self.coarse, known, n_angles, psi_range_rad))
         return self._kept[1]
 
     def train(self, mode: bool = True) -> PosteriorSearch:

@@ -34,7 +34,14 @@ from cryo_svae.models.engine import (
 from cryo_svae.models.invariant_encoder import InvariantEncoder
 from cryo_svae.models.own_noise import OwnNoise
 from cryo_svae.models.polar_generator import PolarGenerator
-from cryo_svae.models.pose_posterior import Look, PosePosterior, disc_of_points, mean_origin
+from cryo_svae.models.pose_posterior import (
+    LOG_IMPOSSIBLE,
+    Look,
+    PosePosterior,
+    disc_of_points,
+    mean_origin,
+    rotations_within,
+)
 from cryo_svae.models.posterior_search import FINER_ANGLES, PosteriorSearch
 from cryo_svae.models.refinement import FARTHEST_Z
 
@@ -70,6 +77,7 @@ class SteerableConfig:
     mask_radius_px: float = derived(math.inf, "radius of the soft disc that holds the particle, in pixels")
     lowest_resolution_px: float | None = derived(None, "longest wavelength compared, in pixels")
     highest_resolution_px: float | None = derived(None, "shortest wavelength compared, in pixels")
+    psi_range_rad: float | None = derived(None, "largest rotation searched, either way; all if None")
     schedule: ClassVar[str] = "one-cycle"
 
     def __post_init__(self) -> None:
@@ -171,6 +179,18 @@ class SteerableEngine(Engine):
             state_dict.setdefault(prefix + "own_weight", self.own_weight)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._look_as_far_as(int(self.n_rings))
+
+    @staticmethod
+    def near_known_poses(
+        config: SteerableConfig, psi_range_rad: float, max_shift_px: float
+    ) -> SteerableConfig:
+        """Uniform rotations within the range, and origins no farther than the largest shift."""
+        return replace(config, psi_range_rad=psi_range_rad, max_shift_px=max_shift_px)
+
+    def stay_near(self, psi_range_rad: float, max_shift_px: float) -> None:
+        """The search for posteriors, and its grids, go no farther; nor than the model was trained to."""
+        super().stay_near(psi_range_rad, min(max_shift_px, self.config.max_shift_px))
+        self.search = PosteriorSearch(self)
 
     def represent(self, images: Float[Tensor, "b n n"]) -> Float[Tensor, "b 2 p"]:
         """Packed angular coefficients of prepared images; 0 on rings that are not compared."""
@@ -431,17 +451,28 @@ class SteerableEngine(Engine):
         n_psi = polar.n_angles * (1 if self.training else FINER_ANGLES)
         if not self.shifts and ctf.shape[-1] == 1:
             centred = images * by_variance[:, None, ring, 0]
-            look = Look(polar, polar.by_order(centred)[:, :, None], power, n_psi)
+            spectra = polar.by_order(centred)[:, :, None]
+            look = Look(polar, spectra, power, n_psi, self.log_prior_psi(n_psi))
             return look, centred * restore[:, None, ring, 0]
         samples = _both_halves(polar.shift(polar.samples(images), here), by_variance)
         restored = polar.pack(polar.spectra(_both_halves(samples, restore)))
         spectra = polar.shifted_spectra(samples, offsets, rounded)
-        return Look(polar, spectra, power, n_psi), restored
+        return Look(polar, spectra, power, n_psi, self.log_prior_psi(n_psi)), restored
 
     def encode(self, restored: Float[Tensor, "b 2 p"]) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b d"]]:
         """Mean and log standard deviation of q(z | image)."""
         mean, log_std = self.encoder(self.polar.by_order(restored))
         return FARTHEST_Z * torch.tanh(mean.float() / FARTHEST_Z), log_std.float()
+
+    def log_prior_psi(self, n_psi: int) -> Float[Tensor, "n"] | float:
+        """Log prior mass of rotations psi_j = 2 pi j / n_psi: uniform within the range, or over all."""
+        if self.config.psi_range_rad is None:
+            return -math.log(n_psi)
+        j = torch.arange(n_psi, device=self.noise_variance.device)
+        reach = rotations_within(self.config.psi_range_rad, n_psi)
+        inside = torch.minimum(j, n_psi - j) <= reach
+        n_inside = min(2 * reach + 1, n_psi)
+        return torch.where(inside, -math.log(n_inside), LOG_IMPOSSIBLE)
 
     def log_prior(
         self, origins: Float[Tensor, "b t 2"], step_px: Float[Tensor, "*b"] | float

@@ -176,7 +176,7 @@ def _ctf_fields(noted: Noted, exposure: Reals) -> dict[str, Column]:
     fields: dict[str, Column] = {"ctf/exp_group_id": exposure.astype("<u4")}
     for field, label in OPTICS.items():
         values = noted.get(label)
-        if values is not None and field.startswith("ctf/"):
+        if values is not None and field != "blob/psize_A":
             fields[field] = values.astype("<f4")
     if noted.get("rlnDefocusU") is not None:
         n = len(exposure)

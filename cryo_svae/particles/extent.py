@@ -8,12 +8,14 @@ CTF undone, so that the rim is where it is in the specimen; the variance shows a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cryo_svae.config import PreparationConfig
 from cryo_svae.imaging import geometry
 from cryo_svae.imaging.ctf import CtfTable, ctf_2d
 from cryo_svae.particles.images import ImageSource
@@ -86,6 +88,17 @@ def found_diameter_angst(
             yield images[usable], None if ctf is None else ctf[kept].to(device)
 
     return diameter_angst(parts(), preparation)
+
+
+def fitted(
+    source: ImageSource, preparation: Preparation, config: PreparationConfig, device: torch.device = CPU
+) -> Preparation:
+    """A preparation with the circle that the images show, where ``--mask-diameter`` gives none."""
+    if config.mask_diameter is not None:
+        return preparation
+    use_ctf = config.ctf is not False
+    diameter = found_diameter_angst(source, preparation, use_ctf, device)
+    return preparation if diameter is None else replace(preparation, mask_diameter_angst=diameter)
 
 
 def _pieces(

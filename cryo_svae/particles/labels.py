@@ -1,7 +1,8 @@
 """What is done with each STAR label and .cs field that speaks of images, optics or sampling.
 
-Labels are those of RELION 3.1 (``relion_refine --print_metadata_labels``), with those that 4 and 5 add;
-fields are those of CryoSPARC's blob and ctf groups. What concerns jobs, models and poses is not here.
+Labels are those of RELION 3.1 (``relion_refine --print_metadata_labels``), with those that 4 and 5 add
+(src/metadata_label.h of both); fields are those of CryoSPARC's blob and ctf groups. What concerns jobs,
+models and poses is not here.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ class Treatment(Enum):
     MODELLED:   read, and part of the model or of the reading of images.
     IRRELEVANT: says nothing that changes what an image of the set shows.
     IGNORED:    not modelled; named in a warning where it would matter.
-    REFUSED:    images that are no single 2-D projections: an error.
+    REFUSED:    an error where it says that images are no single 2-D projections under a CTF.
     """
 
     MODELLED = "modelled"
@@ -45,21 +46,24 @@ LABELS: dict[str, Treatment] = {
         rlnMicrographEndFrame rlnMicrographPreExposure rlnMicrographDoseRate rlnMicrographGainName
         rlnMicrographDefectFile rlnMicrographName rlnMicrographNameNoDW rlnMicrographMovieName
         rlnMicrographMetadata rlnMicrographTiltAngle rlnMicrographTiltAxisDirection
-        rlnMicrographTiltAxisOutOfPlane rlnCtfDefocusFromFile rlnMtfFileName rlnMtfValue
+        rlnMicrographTiltAxisOutOfPlane rlnMtfFileName rlnMtfValue
         rlnSamplingRate rlnSamplingRateX rlnSamplingRateY rlnSamplingRateZ rlnNormCorrection
-        rlnImageId rlnImageOriginalName rlnEERGrouping rlnEERUpsampling rlnOpticsStarFile
-        rlnTomoTiltSeriesPixelSize rlnTomoSubtomogramBinning rlnTomoName rlnTomoParticleName
-        rlnMinResolution rlnCtfBfactorPerElectronDose rlnEnergyLoss rlnLensStability rlnConvergenceCone
-        rlnTransversalDisplacement rlnLongitudinalDisplacement rlnIsFlip rlnImageWeight""",
+        rlnImageId rlnImageOriginalName rlnReconstructImageName rlnEnabled rlnDataType rlnEERGrouping
+        rlnEERUpsampling rlnOpticsStarFile rlnTomoTiltSeriesPixelSize rlnTomoSubtomogramBinning
+        rlnTomoTomogramBinning rlnTomoName rlnTomoParticleName rlnTomoParticleId rlnTomoHand
+        rlnTomoDefocusSlope rlnMicrographNameEven rlnMicrographNameOdd rlnMicrographIceThickness
+        rlnChromaticAberration rlnEnergyLoss rlnLensStability rlnConvergenceCone
+        rlnTransversalDisplacement rlnLongitudinalDisplacement rlnImageWeight""",
     ),
     **_all(
         Treatment.IGNORED,
-        """rlnBeamTiltX rlnBeamTiltY rlnOddZernike rlnEvenZernike rlnChromaticAberration
-        rlnMagnificationCorrection rlnDoOnlyFlipCtfPhases rlnDoIgnoreCtfUntilFirstPeak""",
+        """rlnBeamTiltX rlnBeamTiltY rlnOddZernike rlnEvenZernike rlnMagnificationCorrection
+        rlnCtfBfactorPerElectronDose rlnIsFlip""",
     ),
     **_all(
         Treatment.REFUSED,
-        "rlnTomoVisibleFrames rlnTomoSubtomogramIs2DStack rlnImageSizeZ rlnDataDimensionality",
+        """rlnTomoVisibleFrames rlnTomoSubTomosAre2DStacks rlnImageSizeX rlnImageSizeY rlnImageSizeZ
+        rlnDataDimensionality rlnCtfDataAreCtfCorrected""",
     ),
 }
 
@@ -68,8 +72,8 @@ FIELDS: dict[str, Treatment] = {
         Treatment.MODELLED,
         """blob/path blob/idx blob/shape blob/psize_A blob/sign ctf/exp_group_id ctf/accel_kv ctf/cs_mm
         ctf/amp_contrast ctf/df1_A ctf/df2_A ctf/df_angle_rad ctf/phase_shift_rad ctf/scale
-        ctf/bfactor""",
+        ctf/bfactor ctf/anisomag""",
     ),
     **_all(Treatment.IRRELEVANT, "blob/import_sig ctf/type ctf/scale_const ctf/shift_A"),
-    **_all(Treatment.IGNORED, "ctf/tilt_A ctf/trefoil_A ctf/tetra_A ctf/anisomag"),
+    **_all(Treatment.IGNORED, "ctf/tilt_A ctf/trefoil_A ctf/tetra_A"),
 }

@@ -18,13 +18,12 @@ from cryo_svae.formats.star import StarBlock, StarFile, read_star
 from cryo_svae.imaging import geometry
 from cryo_svae.imaging.ctf import CtfTable
 from cryo_svae.particles.stacks import find_stacks
-from cryo_svae.particles.star_and_cs import field_of, star_of_cs
+from cryo_svae.particles.star_and_cs import MAG_MATRIX, field_of, star_of_cs
 
 log = logging.getLogger(__name__)
 
 MICROMETRE_ANGST = 1e4
 UNDISTORTED = (1.0, 0.0, 0.0, 1.0)
-MAG_MATRIX = ("rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11")
 MOST_DISTORTION = 0.2  # of a side; more is no lens, but a matrix of another meaning
 FLAGS = {
     "phase_flipped": "rlnCtfDataArePhaseFlipped",
@@ -139,6 +138,7 @@ def _particles_of_star(star: StarFile, datadir: Path | None, pixel_size_angst: f
     block, optics = find_blocks(star)
     columns = ParticleColumns(star, block, optics)
     group_of, groups = columns.groups()
+    _refuse_subtomograms(columns)
     stacks, stack_of, slice_of = find_stacks(star, block, datadir)
     pixel_size = pixel_sizes(columns, pixel_size_angst)
     _check_images(columns, np.array([info.width_px for info in stacks])[stack_of], stacks, stack_of)
@@ -383,6 +383,25 @@ def _refuse(
     )
 
 
+def _refuse_subtomograms(columns: ParticleColumns) -> None:
+    """Raises InputError where a file of RELION 5 says that its images are stacks or volumes of tilts."""
+    general = columns.star.block("general")
+    for block in (columns.block, columns.optics, general):
+        for label in ("rlnTomoVisibleFrames", "rlnTomoSubTomosAre2DStacks"):
+            if block is None or not block.has(label):
+                continue
+            text = block.text(label)[0]
+            if label == "rlnTomoVisibleFrames" or block.numbers(label).any():
+                raise InputError(
+                    columns.star.path,
+                    line=block.line_of(0),
+                    column=f"_{label}",
+                    found=f"'{text}': pseudo-subtomograms, each of several tilts",
+                    expected="single 2-D images of particles",
+                    remedy="give images of single particles; subtomograms cannot be taken.",
+                )
+
+
 def _check_images(
     columns: ParticleColumns,
     box_px: NDArray[np.intp],
@@ -390,23 +409,23 @@ def _check_images(
     stack_of: NDArray[np.intp],
 ) -> None:
     """Raises InputError where the file says that its images are no 2-D images of the stacks' size."""
-    size = None if is_cs(columns.star.path) else columns.get("rlnImageSize")  # see _check_boxes
-    if size is not None:
-        wrong = size != box_px
-        path = stacks[stack_of[int(wrong.argmax())]].path
-        expected = f"{box_px[int(wrong.argmax())]}, the side of the images in {path}"
-        _refuse(
-            columns, "rlnImageSize", wrong, expected, "correct it, or give the stack it was written for."
-        )
+    for label in ("rlnImageSize", "rlnImageSizeX", "rlnImageSizeY"):
+        size = None if is_cs(columns.star.path) else columns.get(label)  # see _check_boxes
+        if size is not None:
+            wrong = size != box_px
+            path = stacks[stack_of[int(wrong.argmax())]].path
+            expected = f"{box_px[int(wrong.argmax())]}, the side of the images in {path}"
+            remedy = "correct it, or give the stack it was written for."
+            _refuse(columns, label, wrong, expected, remedy)
     for label in ("rlnImageDimensionality", "rlnDataDimensionality"):
         dimensions = columns.get(label)
         if dimensions is not None:
             remedy = "extract the particles as 2-D images; volumes cannot be taken."
             _refuse(columns, label, dimensions != 2, "2", remedy)
-    is_stack = columns.get("rlnTomoSubtomogramIs2DStack")
-    if is_stack is not None:
-        remedy = "give images of single particles; stacks of tilts cannot be taken."
-        _refuse(columns, "rlnTomoSubtomogramIs2DStack", is_stack != 0, "0", remedy)
+    depth = columns.get("rlnImageSizeZ")
+    if depth is not None:
+        remedy = "extract the particles as 2-D images; volumes cannot be taken."
+        _refuse(columns, "rlnImageSizeZ", depth > 1, "1", remedy)
 
 
 def _magnification(columns: ParticleColumns) -> NDArray[np.float64]:
@@ -425,7 +444,7 @@ def _magnification(columns: ParticleColumns) -> NDArray[np.float64]:
                 remedy="add the column, or remove the others.",
             )
         expected = f"within {MOST_DISTORTION} of {one:g}"
-        remedy = "mend the matrix, or remove it (1, 0, 0, 1 is none)."
+        remedy = "mend the matrix, or remove it (none is 1, 0, 0, 1 in STAR and 0, 0, 0, 0 in .cs files)."
         _refuse(columns, label, np.abs(each - one) > MOST_DISTORTION, expected, remedy)
     return np.column_stack([each for each in found if each is not None])
 
@@ -474,6 +493,10 @@ def _ctf(columns: ParticleColumns, pixel_size_angst: NDArray[np.float64]) -> Ctf
                 remedy="add the CTF parameters, or extract the particles without premultiplying.",
             )
         return None
+    corrected = columns.get("rlnCtfDataAreCtfCorrected")
+    if corrected is not None:
+        remedy = "extract them uncorrected, or remove the CTF parameters to work without a CTF."
+        _refuse(columns, "rlnCtfDataAreCtfCorrected", corrected != 0, "0, images with their CTF", remedy)
     labels = {
         "voltage_kv": "rlnVoltage",
         "cs_mm": "rlnSphericalAberration",

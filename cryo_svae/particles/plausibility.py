@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from cryo_svae.imaging import geometry
 from cryo_svae.imaging.ctf import electron_wavelength_angst
 from cryo_svae.particles.labels import FIELDS, LABELS
-from cryo_svae.particles.particle_set import ParticleSet
+from cryo_svae.particles.particle_set import ParticleColumns, ParticleSet
 
 Reals = NDArray[np.float64]
 
@@ -19,13 +19,15 @@ MOST_PHASE_RAD = math.pi / 4  # at the working Nyquist frequency, that is not wo
 LIKELY_CONTRAST = 0.5  # of amplitude; a phase plate is told by its phase shift
 SIZE_TOLERANCE = 0.02  # between a stack's header and the file
 NO_SIZE_ANGST = (0.0, 1.0)  # what programs write in headers that know no pixel size
-CS_ORDERS = {"ctf/tilt_A": 2, "ctf/trefoil_A": 2, "ctf/tetra_A": 3}  # powers of the wavelength
+# Labels that nothing here reads, and the value of which that does not matter.
+NEUTRAL = {"rlnMagnificationCorrection": 1.0, "rlnCtfBfactorPerElectronDose": 0.0, "rlnIsFlip": 0.0}
 
 
 def doubts(particles: ParticleSet) -> list[str]:
     """Warnings on a particle set: place, found, expected. Empty where all is well."""
     return [
         *_unlisted(particles),
+        *_unread(particles),
         *_repeated(particles),
         *_sizes(particles),
         *([] if particles.ctf is None else _ctf(particles)),
@@ -50,6 +52,18 @@ def _unlisted(particles: ParticleSet) -> list[str]:
     return [
         _say(particles, name, None, "it, unknown here", "no more; it is not modelled") for name in unknown
     ]
+
+
+def _unread(particles: ParticleSet) -> list[str]:
+    columns = ParticleColumns(particles.star, particles.block, particles.star.block("optics"))
+    lines = []
+    for label, neutral in NEUTRAL.items():
+        values = columns.get(label)
+        if values is not None and len(rows := np.flatnonzero(values != neutral)):
+            found = f"{values[rows[0]]:g} ({len(rows):,} particle(s))"
+            expected = f"{neutral:g}: it is not modelled"
+            lines.append(_say(particles, f"_{label}", int(rows[0]), found, expected))
+    return lines
 
 
 def _repeated(particles: ParticleSet) -> list[str]:
@@ -149,19 +163,30 @@ def _of_star(particles: ParticleSet, wavelength: float, highest: float) -> dict[
 
 
 def _of_cs(particles: ParticleSet, wavelength: float, highest: float) -> dict[str, float]:
-    """CryoSPARC's coefficients in Å, of lam^n k^(n + 1); their angles do not matter here."""
+    """Phases of CryoSPARC's coefficients in Å, each at its largest; their directions do not matter here.
+
+    Factors are those of two public programs that read .cs files: of coma 2 pi lam², of trefoil a third of
+    it; of two-fold (the first two of tetra_A) 2 pi lam³, of four-fold astigmatism a quarter of it.
+    """
     fields = {} if particles.cs is None else particles.cs.fields
-    found = {
-        name: 2 * math.pi * float(np.abs(fields[name]).max()) * wavelength**n * highest ** (n + 1)
-        for name, n in CS_ORDERS.items()
+    radius, angle = _plane(highest)
+    cubed, fourth = 2 * math.pi * wavelength**2 * radius**3, 2 * math.pi * wavelength**3 * radius**4
+    waves = {
+        "ctf/tilt_A": [(slice(0, 2), cubed * np.cos(angle))],
+        "ctf/trefoil_A": [(slice(0, 2), cubed * np.cos(3 * angle) / 3)],
+        "ctf/tetra_A": [
+            (slice(0, 2), fourth * np.cos(2 * angle)),
+            (slice(2, 4), fourth * np.cos(4 * angle) / 4),
+        ],
+    }
+    return {
+        name: sum(
+            float(np.linalg.norm(fields[name][:, part], axis=1).max()) * _beyond_shift(wave, radius, angle)
+            for part, wave in parts
+        )
+        for name, parts in waves.items()
         if name in fields
     }
-    if "ctf/anisomag" in fields:  # at the edge of the box, where content is half a box away
-        half_box = float(particles.box_px.max() * particles.pixel_size_angst.max()) / 2
-        found["ctf/anisomag"] = (
-            2 * math.pi * highest * half_box * float(np.abs(fields["ctf/anisomag"]).max())
-        )
-    return found
 
 
 def _zernike(text: str, first_order: int, radius: Reals, angle: Reals) -> Reals:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 import torch
@@ -41,12 +42,15 @@ class Preparation:
     """The working grid and what is done to reach it; the same for training and estimation.
 
     mask_diameter_angst: of the circle that holds the particle.
+    known_pose:          whether the file's poses are undone for the engine, and are then all there is
+                         ("fixed") or searched about ("prior"); see ``known_poses``.
     """
 
     box_px: int
     pixel_size_angst: float
     mask_diameter_angst: float
     invert: bool
+    known_pose: Literal["fixed", "prior"] | None = None
 
     @property
     def mask_radius_px(self) -> float:

@@ -1,10 +1,12 @@
 """What a RELION STAR file and a CryoSPARC .cs file both hold of a particle, and how each writes it.
 
 blob/path without a leading >, blob/idx from 0: rlnImageName, slices from 1
-ctf/exp_group_id from 0: rlnOpticsGroup from 1; with blob/psize_A, blob/shape, ctf/accel_kv, ctf/cs_mm
-    and ctf/amp_contrast its row of data_optics
+ctf/exp_group_id from 0: rlnOpticsGroup from 1; with blob/psize_A, blob/shape, ctf/accel_kv, ctf/cs_mm,
+    ctf/amp_contrast and location/micrograph_psize_A its row of data_optics
 ctf/df1_A, df2_A, df_angle_rad, phase_shift_rad: rlnDefocusU, V (Å), rlnDefocusAngle, rlnPhaseShift (°)
 ctf/scale, bfactor: rlnCtfScalefactor, rlnCtfBfactor (Å²)
+ctf/anisomag, row by row, with the identity taken off: rlnMagMat00, 01, 10, 11 of data_optics
+ctf/tilt_A (Å): rlnBeamTiltX, Y (mrad) of data_optics, whose sines are tilt_A over the spherical aberration
 alignments2D/pose (rad), shift (px of psize_A): AnglePsi (°), OriginXAngst, OriginYAngst; same signs
 alignments3D/pose (rotation vector), shift, split from 0: rlnAngleRot, Tilt, Psi, origins, rlnRandomSubset
 alignments2D/class (beside a 3-D pose alone, alignments3D/class) from 0: rlnClassNumber from 1; with
@@ -17,6 +19,9 @@ The 2-D pose goes to rln labels where there is no 3-D pose, to svae labels besid
 csparc2star and, for the sign and the zero of classes, a second public converter; not verified against
 a CryoSPARC server. blob/sign -1 is taken as dark protein: so it is in the seven images of EMPIAR-10076
 whose .cs file says -1. A comment in one public script reads it the other way, so contrast is tested too.
+That anisomag + I turns frequencies of the image into those of the specimen, as RELION's matrix does, and
+how its numbers are ordered, is what CryoSPARC's developers and a public program that reads it say
+(pyem copies it without adding I); trefoil_A and tetra_A have no agreed counterpart and are not carried.
 """
 
 from __future__ import annotations
@@ -46,7 +51,13 @@ OPTICS = {
     "ctf/accel_kv": "rlnVoltage",
     "ctf/cs_mm": "rlnSphericalAberration",
     "ctf/amp_contrast": "rlnAmplitudeContrast",
+    "location/micrograph_psize_A": "rlnMicrographPixelSize",
 }
+MAG_MATRIX = ("rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11")
+BEAM_TILT = ("rlnBeamTiltX", "rlnBeamTiltY")
+# Fields that a STAR file does not hold, and need not where they are 0.
+NOTHING_AT_ZERO = ("ctf/scale_const", "ctf/shift_A", "ctf/trefoil_A", "ctf/tetra_A")
+MM_ANGST = 1e7
 
 
 def _same(values: Reals) -> Reals:
@@ -122,6 +133,7 @@ def star_of_cs(table: CsTable) -> tuple[StarFile, list[str]]:
             particles |= {f"svaeZ{k}{ending}": _texts(each) for k, each in enumerate(columns, start=1)}
     particles[UID] = [str(uid) for uid in table.fields["uid"].tolist()]
     used = {"uid", "blob/path", "blob/idx", "blob/shape", *noted.asked}
+    used |= {name for name in NOTHING_AT_ZERO if name in table.fields and not table.fields[name].any()}
     star = star_of_tables(table.path, {"optics": optics, "particles": particles})
     return star, [name for name in table.fields if name not in used]
 
@@ -132,6 +144,7 @@ def field_of(label: str) -> str:
         "rlnImageName": "blob/path",
         **{label: field for field, label in OPTICS.items()},
         **{pair.label: pair.field for pair in PAIRS},
+        **dict.fromkeys(MAG_MATRIX, "ctf/anisomag"),
     }
     return fields.get(label, label)
 
@@ -182,7 +195,10 @@ def _optics(table: CsTable, noted: Noted) -> tuple[NDArray[np.intp], Texts]:
         noted.asked.add("location/exp_group_id")
     ids = np.zeros(len(table)) if exposure is None else exposure.astype(np.float64)
     shape = table.fields["blob/shape"].astype(np.float64)
-    keys = np.column_stack([ids, shape, *(_flat(table, name).astype(np.float64) for name in names)])
+    lens = _lens(table, noted)
+    keys = np.column_stack(
+        [ids, shape, *(_flat(table, name).astype(np.float64) for name in names), *lens.values()]
+    )
     _, first, place = np.unique(keys, axis=0, return_index=True, return_inverse=True)
     whole = ids[first].astype(np.int64)
     is_one_to_one = len(np.unique(whole)) == len(whole)
@@ -198,9 +214,46 @@ def _optics(table: CsTable, noted: Noted) -> tuple[NDArray[np.intp], Texts]:
     }
     if not is_one_to_one:  # then the numbers of the exposure groups stand in names alone
         noted.asked -= {"ctf/exp_group_id", "location/exp_group_id"}
-    return numbers[place.reshape(-1)], optics | {
-        OPTICS[name]: _texts(table.fields[name][first]) for name in names
-    }
+    optics |= {OPTICS[name]: _texts(table.fields[name][first]) for name in names}
+    for label, values in lens.items():
+        to_star, to_cs = _of_lens(label, table, first)
+        optics[label] = _texts(values[first], to_star, to_cs)
+    return numbers[place.reshape(-1)], optics
+
+
+def _lens(table: CsTable, noted: Noted) -> dict[str, Column]:
+    """Distortion and beam tilt, as the .cs file has them, by the label of each; none where all are 0."""
+    columns: dict[str, Column] = {}
+    if noted.get("ctf/anisomag") is not None:
+        anisomag = _flat(table, "ctf/anisomag", 4)
+        columns |= dict(zip(MAG_MATRIX, anisomag.T, strict=True)) if anisomag.any() else {}
+    if noted.get("ctf/tilt_A") is not None:
+        tilt = _flat(table, "ctf/tilt_A", 2)
+        cs_angst = MM_ANGST * np.abs(table.fields.get("ctf/cs_mm", np.zeros(len(table))))
+        if tilt.any() and np.all(np.abs(tilt) < cs_angst[:, None]):
+            columns |= dict(zip(BEAM_TILT, tilt.T, strict=True))
+        elif tilt.any():
+            noted.asked.discard("ctf/tilt_A")
+    return columns
+
+
+def _of_lens(label: str, table: CsTable, rows: NDArray[np.intp]) -> tuple[Convert, Convert]:
+    """How numbers of ``_lens`` in these rows become those of a STAR file, and back."""
+    if label in MAG_MATRIX:
+        one = float(label in ("rlnMagMat00", "rlnMagMat11"))
+        return lambda v: v + one, lambda v: v - one
+    cs_mm = table.fields["ctf/cs_mm"][rows].astype(np.float64)
+    return lambda v: beam_tilt_mrad(v, cs_mm), lambda v: tilt_angst(v, cs_mm)
+
+
+def beam_tilt_mrad(tilt_angst: Reals, cs_mm: Reals) -> Reals:
+    """RELION's beam tilt of ctf/tilt_A."""
+    return 1e3 * np.arcsin(tilt_angst / (MM_ANGST * cs_mm))
+
+
+def tilt_angst(beam_tilt_mrad: Reals, cs_mm: Reals) -> Reals:
+    """ctf/tilt_A of RELION's beam tilt."""
+    return MM_ANGST * cs_mm * np.sin(1e-3 * beam_tilt_mrad)
 
 
 def _coordinates(table: CsTable, noted: Noted) -> Texts:
@@ -268,6 +321,7 @@ def cs_fields(columns: Noted, pixel_size_angst: Reals) -> dict[str, Column]:
         values = columns.get(pair.label)
         if values is not None:
             fields[pair.field] = pair.to_cs(values).astype(pair.dtype)
+    fields |= _lens_fields(columns)
     fields |= _pose_fields(columns, pixel_size_angst)
     for field, ending in LATENTS.items():
         labels = [name for name in columns.columns if re.fullmatch(rf"svaeZ[1-9]\d*{ending}", name)]
@@ -275,6 +329,23 @@ def cs_fields(columns: Noted, pixel_size_angst: Reals) -> dict[str, Column]:
         columns.asked |= set(labels)
         if ordered:
             fields[field] = np.column_stack(ordered).astype("<f4")
+    return fields
+
+
+def _lens_fields(columns: Noted) -> dict[str, Column]:
+    """Distortion and beam tilt of STAR columns, where they are there whole."""
+    fields: dict[str, Column] = {}
+    wanted = {"ctf/anisomag": MAG_MATRIX, "ctf/tilt_A": (*BEAM_TILT, "rlnSphericalAberration")}
+    for field, labels in wanted.items():
+        if not all(label in columns.columns for label in labels):
+            continue
+        values = [columns.columns[label] for label in labels]
+        columns.asked |= set(labels)
+        if field == "ctf/anisomag":
+            parts = np.column_stack(values) - np.eye(2).ravel()
+        else:
+            parts = np.column_stack([tilt_angst(each, values[2]) for each in values[:2]])
+        fields[field] = parts.astype("<f4")
     return fields
 
 

@@ -88,6 +88,7 @@ class ReportData:
     title, particles_file, program: names to show; any text is safe.
     job:               the job folder as the user would type it, for the commands shown.
     decoded:           (k, m, m) the generator's images at the class centres.
+    class_centre:      (k, d) these centres in z.
     close_picks:       particles that lie close to another in their micrograph, where places are known.
     contrast_score:    standard errors by which the middle of particles is brighter than the rest.
     inverted:          --invert was given.
@@ -118,6 +119,7 @@ class ReportData:
     micrograph_names: tuple[str, ...] = ()
 
     decoded: Reals
+    class_centre: Reals | None = None
     averages: ClassAverages | None = None
     traversals: tuple[Traversal, ...] = ()
     manifold: Manifold | None = None

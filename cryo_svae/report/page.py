@@ -18,6 +18,7 @@ from cryo_svae.report.data import ReportData, Traversal
 from cryo_svae.report.png import LARGEST_SIDE_PX, data_uri, sheet, shrink, smooth, to_grey
 from cryo_svae.report.scatter import scatter_payload
 from cryo_svae.results.auto_selection import ranges
+from cryo_svae.results.views import Views, views_with_sizes
 
 Reals = NDArray[np.floating[Any]]
 
@@ -126,7 +127,16 @@ def list_warnings(data: ReportData, r2: dict[str, Reals]) -> list[str]:
     found += warnings.dependence(r2)
     if data.pose_found:
         found += warnings.preferred_angles(data.psi_deg[good], data.class_number[good], data.n_classes)
+    views = _views_of(data)
+    found += [] if views is None else views.doubts()
     return found + warnings.tiny_classes(data.class_sizes)
+
+
+def _views_of(data: ReportData) -> Views | None:
+    """Classes side by side in z, where there are enough of them."""
+    if data.class_centre is None or data.n_classes < 2:
+        return None
+    return views_with_sizes(data.class_centre, data.class_sizes)
 
 
 def _header(data: ReportData) -> str:
@@ -183,7 +193,8 @@ def _classes(data: ReportData, colours: list[str]) -> str:
         f"<p>{intro}Each image has its own grey scale. Tick classes to get the command that keeps them. "
         "The images are aligned to one another here, so that they can be compared; the files keep the "
         "frame that the particles’ psi and origins belong to (classes.star holds how each is turned).</p>"
-        f'{_proposal(data)}<div class="cards{"" if averages is None else " pairs"}">{"".join(cards)}</div>'
+        f"{_proposal(data)}{_views(data)}"
+        f'<div class="cards{"" if averages is None else " pairs"}">{"".join(cards)}</div>'
         f'<p class="command" id="keep" data-command="{escape(command)}" hidden>'
         "<span></span> <code></code></p>"
     )
@@ -205,6 +216,22 @@ def _proposal(data: ReportData) -> str:
         f"(what <code>{escape(command)}</code> takes). The others’ cards say what speaks against them. A "
         "contaminant that aligns well cannot be told from a particle by these numbers: look at the images. "
         '<button id="propose">Tick those proposed</button></p>'
+    )
+
+
+def _views(data: ReportData) -> str:
+    """How full each group of neighbouring classes is."""
+    views = _views_of(data)
+    if views is None:
+        return ""
+    listed = "; ".join(
+        f"{classes.replace('-', '–')} ({share:.0%})"
+        for classes, share in zip(views.classes, views.shares, strict=True)
+    )
+    command = f"cryo-svae select {shlex.quote(data.job)} --balance 0.5"
+    return (
+        f"<p>Views (classes side by side in z, with their shares of the particles): {listed}. "
+        f"<code>{escape(command)}</code> evens them out.</p>"
     )
 
 

@@ -11,7 +11,6 @@ their Fourier ring correlation (FRC) is an upper bound where that model has fitt
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -25,6 +24,7 @@ from cryo_svae.imaging import geometry
 from cryo_svae.imaging.ctf import CtfTable, ctf_at
 from cryo_svae.learning.estimation import EstimateTable
 from cryo_svae.particles.images import ImageSource
+from cryo_svae.particles.known_poses import turned_ctf
 from cryo_svae.particles.particle_set import ParticleSet
 from cryo_svae.particles.preprocessing import Preparation, prepared_images, soft_circle, working_ctf
 
@@ -322,14 +322,6 @@ def _sums(
             sums.add(image, counts, members[first:last])
             first = last
     return sums
-
-
-def turned_ctf(ctf: CtfTable, psi_rad: Float[Tensor, "b"]) -> CtfTable:
-    """The CTF parameters of aligned particles: their astigmatism turns with them.
-
-    The aligned spectrum at azimuth a is the particle's at a - psi.
-    """
-    return dataclasses.replace(ctf, defocus_angle_rad=ctf.defocus_angle_rad + psi_rad)
 
 
 def _quotient(signal: Complex[Tensor, "*k p"], weight: Float[Tensor, "*k p"]) -> Complex[Tensor, "*k p"]:

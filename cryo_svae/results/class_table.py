@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cryo_svae.errors import InputError
-from cryo_svae.formats.star import read_star
+from cryo_svae.formats.star import StarBlock, read_star
 from cryo_svae.results.auto_selection import objections, ranges
 
 Reals = NDArray[np.float64]
@@ -34,8 +35,7 @@ class JobClasses:
         return len(self.n_particles)
 
 
-def read_classes(job: Path) -> JobClasses:
-    """A job's classes."""
+def _classes_of(job: Path) -> StarBlock:
     path = job / CLASSES
     if not path.is_file():
         raise InputError(
@@ -45,7 +45,12 @@ def read_classes(job: Path) -> JobClasses:
             remedy="name the --out folder of cryo-svae run or estimate.",
         )
     star = read_star(path)
-    block = star.block("classes") or star.blocks[0]
+    return star.block("classes") or star.blocks[0]
+
+
+def read_classes(job: Path) -> JobClasses:
+    """A job's classes."""
+    block = _classes_of(job)
 
     def resolution(label: str) -> Reals:
         angst = block.numbers(label)
@@ -57,6 +62,13 @@ def read_classes(job: Path) -> JobClasses:
         resolution_angst=resolution("rlnEstimatedResolution"),
         resolution_05_angst=resolution("svaeResolution05Angst"),
     )
+
+
+def class_centres(job: Path) -> Reals:
+    """Centres (k, d) of a job's classes in z."""
+    block = _classes_of(job)
+    z_dim = sum(bool(re.fullmatch(r"svaeZ\d+", label)) for label in block.labels)
+    return np.column_stack([block.numbers(f"svaeZ{k}") for k in range(1, max(1, z_dim) + 1)])
 
 
 def propose(job: Path) -> tuple[str, list[str]]:

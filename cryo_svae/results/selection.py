@@ -23,7 +23,8 @@ from cryo_svae.config import check, option
 from cryo_svae.errors import InputError, OutputError
 from cryo_svae.formats.cs import is_cs, read_cs, write_cs
 from cryo_svae.formats.star import StarBlock, StarFile, read_star, write_star
-from cryo_svae.results.class_table import propose
+from cryo_svae.results.class_table import class_centres, propose
+from cryo_svae.results.views import evened, most_by_balance, views_of
 
 Reals = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -65,12 +66,29 @@ class SelectionConfig:
     top: str | None = option(
         None, "the best of what the other options allow, by figure of merit, e.g. 50%%"
     )
-    min_distance: float | None = option(
+    min_distance: str | None = option(
         None,
-        "of particles picked twice, nearer than this in one micrograph (pixels of rlnCoordinateX), only "
-        "the one of the highest figure of merit",
+        "of particles picked twice, nearer than this in one micrograph (in Å, e.g. 40, or in pixels of "
+        "rlnCoordinateX, e.g. 40px), only the one of the highest figure of merit",
+    )
+    at_most_per_view: int | None = option(
+        None,
+        "of each view (classes side by side in z) at most so many of what other options allow, the best "
+        "by figure of merit",
+    )
+    balance: float | None = option(
+        None, "the same, so many that views are as full as they are (0), or as the least full one (1)"
     )
     invert: bool = option(False, "take all the others instead")
+    onto: Path | None = option(
+        None,
+        "another extraction of the same particles (unbinned, re-centred, of another box): its rows of them "
+        "are written, with the job's poses, classes and z; found by uid, or by micrograph and place",
+    )
+    tolerance: str = option(
+        "20",
+        "how far places may differ for --onto (in Å, e.g. 20, or in pixels of rlnCoordinateX, e.g. 8px)",
+    )
     templates: Path | None = option(
         None,
         "also write the averages of the classes of --classes or --auto as templates for picking: this STAR "
@@ -79,13 +97,19 @@ class SelectionConfig:
 
     def __post_init__(self) -> None:
         if self.min_distance is not None:
-            check(0 < self.min_distance < math.inf, "min_distance", self.min_distance, "pixels above 0")
-        given = (self.classes, self.where, self.particles, self.top, self.min_distance)
-        if given == (None,) * 5 and not self.auto:
+            distance(self.min_distance, "min_distance")
+        distance(self.tolerance, "tolerance")
+        most, balance = self.at_most_per_view, self.balance
+        check(most is None or most >= 1, "at_most_per_view", most, "1 or more")
+        check(balance is None or 0 <= balance <= 1, "balance", balance, "0 to 1")
+        check(most is None or balance is None, "balance", balance, "it, or --at-most-per-view")
+        given = (self.classes, self.where, self.particles, self.top, self.min_distance, most, balance)
+        if given == (None,) * len(given) and not self.auto:
             raise InputError(
                 "the command line",
                 found="nothing to select by",
-                expected="--classes, --auto, --where, --particles, --min-distance or --top",
+                expected="--classes, --auto, --where, --particles, --min-distance, --top, --balance or "
+                "--at-most-per-view",
                 remedy="say which particles, e.g. --top 50%.",
             )
         if self.auto and self.classes is not None:
@@ -104,6 +128,14 @@ class SelectionConfig:
             )
 
 
+def distance(text: str, option_name: str) -> tuple[float, bool]:
+    """A distance such as ``40`` or ``40px``: the number, and whether it is in pixels instead of Å."""
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(px)?\s*", text, re.ASCII)
+    number = float(match[1]) if match else math.nan
+    check(0 < number < math.inf, option_name, text, "Å above 0, e.g. 40, or pixels, e.g. 40px")
+    return number, bool(match and match[2])
+
+
 def settle(job: Path, config: SelectionConfig) -> tuple[SelectionConfig, list[str]]:
     """A selection with the classes that --auto stands for named, and lines that say which and why."""
     if not config.auto:
@@ -116,7 +148,7 @@ def select(job: Path, out: Path, config: SelectionConfig) -> tuple[int, int]:
     """Writes the particles of a job that a selection allows; how many they are, and of how many."""
     config, _ = settle(job, config)
     star, block = read_job_particles(job)
-    rows = select_rows(block, config)
+    rows = select_rows(star, block, config)
     if is_cs(out):
         _write_cs_selection(job, block, out, rows)
     else:
@@ -147,7 +179,7 @@ def read_job_particles(job: Path) -> tuple[StarFile, StarBlock]:
     )
 
 
-def select_rows(block: StarBlock, config: SelectionConfig) -> NDArray[np.intp]:
+def select_rows(star: StarFile, block: StarBlock, config: SelectionConfig) -> NDArray[np.intp]:
     """Rows of the particles that a selection allows, in file order; an empty selection is an error."""
     kept = np.ones(block.n_rows, dtype=bool)
     if config.classes is not None:
@@ -157,9 +189,11 @@ def select_rows(block: StarBlock, config: SelectionConfig) -> NDArray[np.intp]:
     if config.particles is not None:
         kept &= listed(config.particles, block.n_rows)
     if config.min_distance is not None:
-        kept = without_duplicates(block, kept, config.min_distance)
+        kept = without_duplicates(star, block, kept, config.min_distance)
     if config.top is not None:
         kept = best_of(block, kept, config.top)
+    if config.at_most_per_view is not None or config.balance is not None:
+        kept = by_view(star, block, kept, config)
     if config.invert:
         kept = ~kept
     if not kept.any():
@@ -174,11 +208,12 @@ def select_rows(block: StarBlock, config: SelectionConfig) -> NDArray[np.intp]:
 
 def write_selection(star: StarFile, block: StarBlock, out: Path, rows: NDArray[np.intp]) -> None:
     """The same STAR file with these rows of its particles; optics and cells to the letter."""
-    _refuse_itself(out, star.path)
+    refuse_itself(out, star.path)
     write_star(out, star, block=block.name, columns={}, rows=rows)
 
 
-def _refuse_itself(out: Path, selected_from: Path) -> None:
+def refuse_itself(out: Path, selected_from: Path) -> None:
+    """Raises OutputError where a selection would overwrite what it is made from."""
     if out.exists() and out.samefile(selected_from):
         raise OutputError(f"{out}: is the file selected from.\n  To mend: give --out another name.")
 
@@ -193,7 +228,7 @@ def _write_cs_selection(job: Path, block: StarBlock, out: Path, rows: NDArray[np
             expected="a .star file, for a job of a STAR file",
             remedy="select to a .star file; cryo-svae convert makes a .cs file of it.",
         )
-    _refuse_itself(out, path)
+    refuse_itself(out, path)
     table = read_cs(path)
     if len(table) != block.n_rows:
         raise InputError(
@@ -273,20 +308,23 @@ def best_of(block: StarBlock, kept: Flags, text: str) -> Flags:
     return chosen
 
 
-def without_duplicates(block: StarBlock, kept: Flags, distance_px: float) -> Flags:
+def by_view(star: StarFile, block: StarBlock, kept: Flags, config: SelectionConfig) -> Flags:
+    """The kept particles, evened out over the views of the job that they are of."""
+    view = views_of(class_centres(star.path.parent))
+    of_particle = view[np.clip(block.integers("rlnClassNumber") - 1, 0, len(view) - 1)]
+    most = config.at_most_per_view
+    if most is None:
+        most = most_by_balance(np.bincount(of_particle[kept]), config.balance or 0.0)
+    return evened(of_particle, block.numbers("rlnParticleFigureOfMerit"), kept, most)
+
+
+def without_duplicates(star: StarFile, block: StarBlock, kept: Flags, text: str) -> Flags:
     """The kept particles without those nearer to a better one of their micrograph than a distance.
 
     From the highest figure of merit down, each that is still there takes its neighbours out.
     """
-    for label in ("rlnMicrographName", "rlnCoordinateX", "rlnCoordinateY"):
-        if not block.has(label):
-            raise InputError(
-                "--min-distance",
-                found=f"particles without {label}",
-                expected="the micrograph and the place of each",
-                remedy="leave it out, or add the columns of the extraction job.",
-            )
-    place = np.column_stack([block.numbers("rlnCoordinateX"), block.numbers("rlnCoordinateY")])
+    least, is_px = distance(text, "min_distance")
+    place = _places(star, block, is_px)
     merit = block.numbers("rlnParticleFigureOfMerit")
     _, micrograph = np.unique(block.text("rlnMicrographName"), return_inverse=True)
     order = np.flatnonzero(kept)
@@ -296,8 +334,35 @@ def without_duplicates(block: StarBlock, kept: Flags, distance_px: float) -> Fla
         for k, row in enumerate(rows):
             if alone[row]:
                 later = rows[k + 1 :]
-                alone[later[np.hypot(*(place[later] - place[row]).T) < distance_px]] = False
+                alone[later[np.hypot(*(place[later] - place[row]).T) < least]] = False
     return alone
+
+
+def _places(star: StarFile, block: StarBlock, is_px: bool) -> Reals:
+    """Places (n, 2) in the micrographs, in their pixels or in Å."""
+    for label in ("rlnMicrographName", "rlnCoordinateX", "rlnCoordinateY"):
+        if not block.has(label):
+            raise InputError(
+                "--min-distance",
+                found=f"particles without {label}",
+                expected="the micrograph and the place of each",
+                remedy="leave it out, or add the columns of the extraction job.",
+            )
+    place = np.column_stack([block.numbers("rlnCoordinateX"), block.numbers("rlnCoordinateY")])
+    if is_px:
+        return place
+    from cryo_svae.particles.close_picks import micrograph_pixel_sizes
+    from cryo_svae.particles.particle_set import ParticleColumns  # with torch, which costs a second
+
+    size_angst = micrograph_pixel_sizes(ParticleColumns(star, block, star.block("optics")))
+    if size_angst is None:
+        raise InputError(
+            "--min-distance",
+            found="a distance in Å, and no pixel size of the micrographs in the file",
+            expected="rlnMicrographPixelSize, or a distance in pixels of rlnCoordinateX",
+            remedy="give it in these pixels, e.g. --min-distance 40px.",
+        )
+    return place * size_angst[:, None]
 
 
 # --- expressions -----------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cryo_svae.imaging import geometry
+from cryo_svae.simulate import render
 
 angles = st.floats(-10.0, 10.0)
 shifts = st.tuples(st.floats(-3.0, 3.0), st.floats(-3.0, 3.0))
@@ -99,3 +100,48 @@ def test_wrapping_keeps_the_angle(angle_deg):
         == pytest.approx(geometry.radians(wrapped), abs=1e-6)
         or abs(abs(wrapped) - 180.0) < 1e-3
     )
+
+
+def test_undone_poses_are_the_reference_to_the_last_detail():
+    """Dots, as wide as a pixel, in every quarter turn; and white noise stays white and as strong."""
+    n, box = 24, 48
+    generator = torch.Generator().manual_seed(4)
+    psi = torch.linspace(-7.0, 7.0, n)
+    origin = 6.0 * (torch.rand(n, 2, generator=generator) - 0.5)
+    dots = 24.0 * (torch.rand(1, 9, 2, generator=generator) - 0.5)
+    weights = torch.linspace(0.5, 2.0, 9)
+    reference = render(dots, weights, 1.2, torch.zeros(1), torch.zeros(1, 2), box)[0]
+    posed = render(dots.expand(n, -1, -1), weights, 1.2, psi, origin, box)
+    undone = geometry.undo_poses(posed, psi, origin)
+    inside = geometry.pixel_grid(box).norm(dim=-1) < 22
+    error = (undone - reference)[:, inside].square().mean(1).sqrt() / reference[inside].std()
+    assert error.max() < 2e-3
+    blurred = geometry.align_images(posed, psi, origin)
+    assert (blurred - reference)[:, inside].square().mean() > 25 * error.square().mean() * reference.var()
+
+
+def test_undone_poses_leave_white_noise_white_and_as_strong():
+    n, box = 200, 48
+    generator = torch.Generator().manual_seed(4)
+    psi, origin = 7.0 * torch.randn(n, generator=generator), 2.0 * torch.randn(n, 2, generator=generator)
+    noise = torch.randn(n, box, box, generator=generator)
+    inside = (geometry.pixel_grid(box).norm(dim=-1) < 22).float()
+    frequency = geometry.pixel_grid(box).norm(dim=-1) / box
+
+    def powers(images: torch.Tensor) -> list[float]:
+        power = torch.fft.fftshift(torch.fft.fft2(images * inside).abs().square().mean(0)) / inside.sum()
+        bands = [(frequency > low) & (frequency < low + 0.15) for low in (0.0, 0.15, 0.3)]
+        return [float(power[band].mean()) for band in bands]
+
+    assert powers(geometry.undo_poses(noise, psi, origin)) == pytest.approx([1.0] * 3, abs=0.03)
+    assert powers(geometry.align_images(noise, psi, origin))[2] < 0.8
+
+
+def test_two_poses_one_after_the_other_are_one():
+    generator = torch.Generator().manual_seed(5)
+    psi, then = torch.rand(2, 6, generator=generator) * 6.0
+    origin, then_origin = torch.randn(2, 6, 2, generator=generator)
+    points = torch.randn(6, 10, 2, generator=generator)
+    first = geometry.particle_to_reference(points, psi, origin)
+    both = geometry.particle_to_reference(points, *geometry.composed(psi, origin, then, then_origin))
+    torch.testing.assert_close(both, geometry.particle_to_reference(first, then, then_origin))

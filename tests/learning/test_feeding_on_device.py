@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from cryo_svae.particles import preprocessing
+from cryo_svae.particles.known_poses import turned_ctf
 from cryo_svae.particles.preprocessing import Preparation, prepare, working_ctf
-from cryo_svae.results.class_averages import HalfPlane, Members, Sums, turned_ctf
+from cryo_svae.results.class_averages import HalfPlane, Members, Sums
 from tests.on_device import GPU, FakeGpu, fake_gpu
 from tests.test_on_device import table
 

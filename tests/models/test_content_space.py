@@ -42,10 +42,13 @@ def ctf_of(kind: str, n: int) -> CtfTable | None:
     return CtfTable(**{name: torch.full((n,), value) for name, value in column.items()})
 
 
-def wild_engine(z_dim: int = 2, shift_px: float = 3.0) -> SteerableEngine:
+def wild_engine(
+    z_dim: int = 2, shift_px: float = 3.0, psi_range_rad: float | None = None
+) -> SteerableEngine:
     """A generator drawn at random, of strong and curved content; noise that differs from ring to ring."""
     torch.manual_seed(3)
-    engine = SteerableEngine(BOX, z_dim, SteerableConfig(max_shift_px=shift_px)).eval()
+    config = SteerableConfig(max_shift_px=shift_px, psi_range_rad=psi_range_rad)
+    engine = SteerableEngine(BOX, z_dim, config).eval()
     generator, ring = engine.generator, engine.full.ring
     generator.last.weight.normal_(0.0, 0.2)
     generator.layers[0].weight.mul_(2.0)
@@ -112,9 +115,10 @@ def test_slopes_are_the_derivatives_of_the_coordinates():
 
 
 @pytest.mark.parametrize("kind", CTFS)
-def test_scores_are_those_of_the_coefficients(kind):
-    """At each particle's own choice of rotations."""
-    engine = wild_engine()
+@pytest.mark.parametrize("psi_range_rad", [None, 0.7])
+def test_scores_are_those_of_the_coefficients(kind, psi_range_rad):
+    """At each particle's own choice of rotations, be some of them out of range."""
+    engine = wild_engine(psi_range_rad=psi_range_rad)
     look, log_prior = look_of(engine, kind)
     space = space_of(engine)
     angle = torch.rand(N, look.n_psi).argsort(1)[:, :11]
@@ -157,13 +161,16 @@ def test_the_local_model_is_that_of_the_log_evidence(kind):
     )
 
 
-def test_the_greatest_score_is_that_of_the_best_rotation():
-    engine = wild_engine()
+@pytest.mark.parametrize("psi_range_rad", [None, 0.0, 0.7])
+def test_the_greatest_score_is_that_of_the_best_rotation_within_range(psi_range_rad):
+    engine = wild_engine(psi_range_rad=psi_range_rad)
     look, _ = look_of(engine, "round")
     content = engine.generator(engine.known_z[:7])
-    found = look.greatest(ByOrder(engine.polar, content, look.n_psi))
+    found = look.greatest(ByOrder(engine.polar, content, look.n_psi, psi_range_rad))
     scores = look.scores(content[None].expand(N, -1, -1, -1), torch.zeros(N, 1, 3))
-    best = scores.amax(3) + torch.log(torch.tensor(float(look.n_psi)))
+    psi = 2.0 * math.pi * torch.arange(look.n_psi) / look.n_psi
+    n_inside = int((torch.cos(psi) > math.cos(psi_range_rad or 0.0) - 1e-6).sum())
+    best = scores.amax(3) + math.log(look.n_psi if psi_range_rad is None else n_inside)
     torch.testing.assert_close(found, best.transpose(1, 2), atol=3e-3, rtol=1e-4)
 
 

@@ -114,6 +114,49 @@ def test_cs_to_star_and_back_gives_the_same_bits(tmp_path, poses, capsys, monkey
     }
 
 
+def aberrations() -> dict[str, np.ndarray]:
+    """Of exposure groups 7 and 8, as they alternate."""
+    of_group = {
+        "ctf/anisomag": [[0.03, 0.01, -0.005, -0.02], [0, 0.001, 0, 0]],
+        "ctf/tilt_A": [[2700, -1350], [0.25, 0]],
+        "ctf/trefoil_A": [[0, 0], [0, 0]],
+        "ctf/tetra_A": [[0, 0, 0, 0], [0, 0, 0, 0]],
+    }
+    return {name: np.tile(rows, (3, 1))[:5].astype("<f4") for name, rows in of_group.items()}
+
+
+def test_magnification_and_beam_tilt_go_to_optics_groups_and_back(make_dataset, tmp_path, capsys):
+    make_dataset()
+    fields = {**particle_fields(), **aberrations()}
+    path = save_cs(tmp_path / "in.cs", fields)
+    assert main(["convert", str(path), str(tmp_path / "between.star")]) == 0
+    assert not re.search("not carried.*(aniso|tilt|trefoil|tetra)", capsys.readouterr().out)
+    optics = read_star(tmp_path / "between.star").block("optics")
+    assert optics.numbers("rlnMagMat00") == pytest.approx([1.03, 1])
+    assert optics.numbers("rlnMagMat01") == pytest.approx([0.01, 0.001])
+    assert optics.numbers("rlnMagMat11") == pytest.approx([0.98, 1])
+    assert optics.numbers("rlnBeamTiltX") == pytest.approx([0.1, 0.25e-7 / 2.7 * 1e3])  # mrad
+    assert optics.numbers("rlnBeamTiltY") == pytest.approx([-0.05, 0])
+    assert main(["convert", str(tmp_path / "between.star"), str(tmp_path / "out.cs")]) == 0
+    back = read_cs(tmp_path / "out.cs").fields
+    for name in aberrations():
+        assert back[name].tobytes() == fields[name].tobytes(), name
+    a, b = (read_particles(tmp_path / name).magnification for name in ("in.cs", "between.star"))
+    np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_aberrations_that_have_no_counterpart_are_left_out_by_name(make_dataset, tmp_path, capsys):
+    make_dataset()
+    fields = {**particle_fields(), **aberrations()}
+    fields["ctf/trefoil_A"] = fields["ctf/trefoil_A"] + 1
+    fields["ctf/cs_mm"] = np.zeros(5, dtype="<f4")  # then a tilt has no angle
+    assert main(["convert", str(save_cs(tmp_path / "in.cs", fields)), str(tmp_path / "out.star")]) == 0
+    said = capsys.readouterr().out
+    assert "ctf/trefoil_A" in said
+    assert "ctf/tilt_A" in said
+    assert "tetra" not in said
+
+
 def test_coordinates_without_their_micrographs_are_left_out_by_name(star, tmp_path, capsys):
     (tmp_path / "mics" / "1.mrc").unlink()
     assert main(["convert", str(star), str(tmp_path / "out.cs")]) == 0
@@ -223,6 +266,17 @@ def test_relion_takes_exposure_groups_that_do_not_begin_at_1(relion, make_datase
     refined = read_star(tmp_path / "refined" / "run_it001_data.star").block("particles")
     uids = {str(uid) for uid in fields["uid"].tolist()}
     assert set(refined.text("ucsfUid")) == uids
+
+
+def test_relion_reads_the_magnification_of_a_converted_set(relion, make_dataset, tmp_path):
+    """It refines with it, and writes the matrix that it read."""
+    make_dataset()
+    path = save_cs(tmp_path / "in.cs", {**particle_fields(), **pose_2d(), **aberrations()})
+    assert main(["convert", str(path), str(tmp_path / "out.star")]) == 0
+    relion("relion_star_handler", "--i", "out.star", "--o", "theirs.star", cwd=tmp_path)
+    ours, theirs = (read_star(tmp_path / name).block("optics") for name in ("out.star", "theirs.star"))
+    for label in ("rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11", "rlnBeamTiltX"):
+        np.testing.assert_allclose(theirs.numbers(label), ours.numbers(label), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["cryosparc_J2_particles_exported", "cryosparc_P12_J24_001_particles"])

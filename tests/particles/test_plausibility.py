@@ -32,7 +32,21 @@ REFUSED = {
     "defocus in pm": ({}, {"rlnDefocusU": ["1.5e6"] * 5}, "_rlnDefocusU: found 1.5e.06"),
     "volumes": ({"rlnImageDimensionality": ["3"]}, {}, "_rlnImageDimensionality: found 3, expected 2"),
     "another box": ({"rlnImageSize": ["32"]}, {}, "_rlnImageSize: found 32, expected 16"),
-    "stacks of tilts": ({"rlnTomoSubtomogramIs2DStack": ["1"]}, {}, "Is2DStack: found 1"),
+    "another side": ({}, {"rlnImageSizeX": ["16", "18", "16", "16", "16"]}, "_rlnImageSizeX: found 18"),
+    "the other side": ({"rlnImageSizeY": ["14"]}, {}, "_rlnImageSizeY: found 14, expected 16"),
+    "a depth": ({"rlnImageSizeZ": ["16"]}, {}, "_rlnImageSizeZ: found 16, expected 1"),
+    "data of volumes": ({"rlnDataDimensionality": ["3"]}, {}, "_rlnDataDimensionality: found 3"),
+    "subtomograms": (
+        {},
+        {"rlnTomoVisibleFrames": ["[1,0,1]"] * 5},
+        "VisibleFrames: found '.1,0,1.'",
+    ),
+    "stacks of tilts": (
+        {"rlnTomoSubTomosAre2DStacks": ["1"]},
+        {},
+        "Are2DStacks: found '1'",
+    ),
+    "no CTF left": ({"rlnCtfDataAreCtfCorrected": ["1"]}, {}, "_rlnCtfDataAreCtfCorrected: found 1"),
     "half a matrix": ({"rlnMagMat00": ["1.01"]}, {}, "_rlnMagMat01: found no such column"),
     "no matrix": ({**MAGNIFICATION, "rlnMagMat11": ["0"]}, {}, "_rlnMagMat11: found 0"),
     "no flag": ({"rlnCtfDataArePhaseFlipped": ["2"]}, {}, "_rlnCtfDataArePhaseFlipped: found 2"),
@@ -51,6 +65,23 @@ def test_what_no_microscope_has_is_refused_with_place_and_cure(make_dataset, cap
     assert "To mend" in str(caught.value)
     assert main(["inspect", str(star), "--out", str(tmp_path / "m.png")]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_relion_5_says_in_a_block_of_its_own_that_images_are_stacks_of_tilts(make_dataset):
+    star = make_dataset()
+    said = "data_general\n\n_rlnTomoSubTomosAre2DStacks {}\n\n"
+    whole = star.read_text()
+    star.write_text(said.format(0) + whole)
+    assert len(read_particles(star)) == 5
+    star.write_text(said.format(1) + whole.replace("000001@", ""))  # stacks are named whole
+    with pytest.raises(InputError, match=r"rlnTomoSubTomosAre2DStacks.*several tilts") as caught:
+        read_particles(star)
+    assert caught.value.line == 3
+
+
+def test_images_that_are_corrected_for_a_ctf_that_is_not_there_are_taken_as_they_are(make_dataset):
+    star = make_dataset(optics=optics_columns(1, rlnCtfDataAreCtfCorrected=["1"]))
+    assert read_particles(star).ctf is None
 
 
 def test_a_line_of_the_optics_block_is_the_place_of_its_error(make_dataset):
@@ -76,6 +107,9 @@ DOUBTED = {
     "overfocus": ({}, {"rlnDefocusU": ["-15000"] * 5, "rlnDefocusV": ["-15000"] * 5}, "overfocus"),
     "contrast of 80 %": ({"rlnAmplitudeContrast": ["0.8"]}, {}, "above 0.5"),
     "another pixel size": ({"rlnImagePixelSize": ["1.25"]}, {}, "found 1.25 Å, expected 2.5 Å"),
+    "magnified anew": ({}, {"rlnMagnificationCorrection": ["1", "1.02", "1", "1", "1"]}, "1.02 (1 part"),
+    "a mirror image": ({}, {"rlnIsFlip": ["0", "0", "1", "1", "0"]}, "_rlnIsFlip: found 1 (2 part"),
+    "damage": ({"rlnCtfBfactorPerElectronDose": ["4"]}, {}, "found 4 (5 particle(s)), expected 0"),
 }  # fmt: skip
 
 
@@ -153,6 +187,34 @@ def test_every_label_of_relion_that_speaks_of_optics_is_in_the_table(relion, tmp
     spoken = {name for name, words in known.items() if speaks.search(words) and not of_jobs.match(name)}
     assert len(spoken) > 25
     assert spoken - set(LABELS) == set()
+
+
+# Of images, optics and sampling, what src/metadata_label.h has beyond that of 3.1: in 4.0, then in 5.0.
+RELION_4 = """
+    rlnMicrographIceThickness rlnTomoName rlnTomoHand rlnTomoTiltSeriesPixelSize rlnTomoSubtomogramBinning
+    rlnTomoParticleName rlnTomoParticleId rlnTomoDefocusSlope"""
+RELION_5 = """
+    rlnCtfBfactorPerElectronDose rlnCtfIceRingDensity rlnCtfDataAreCtfCorrected rlnTomoSubTomosAre2DStacks
+    rlnTomoTomogramBinning rlnTomoVisibleFrames rlnMicrographNameEven rlnMicrographNameOdd"""
+
+
+def test_labels_are_those_of_a_relion(relion, tmp_path):
+    said = relion("relion_refine", "--print_metadata_labels", cwd=tmp_path)
+    known = set(re.findall(r"^\s*(rln\w+) \(", said, re.M))
+    later = {*RELION_4.split(), *RELION_5.split()}
+    assert known & later == set()
+    assert set(LABELS) <= known | later
+    assert later <= set(LABELS)
+
+
+def test_what_the_table_promises_of_a_label_is_done():
+    """Each refused label is refused above, and each ignored one named."""
+    refused = {label for optics, particles, _ in REFUSED.values() for label in (*optics, *particles)}
+    named = {label for optics, particles, _ in DOUBTED.values() for label in (*optics, *particles)}
+    named |= {label for columns in ABERRATIONS.values() for label in columns}
+    for label, treatment in LABELS.items():
+        assert treatment is not Treatment.REFUSED or label in refused, label
+        assert treatment is not Treatment.IGNORED or label in named, label
 
 
 def test_the_table_says_one_thing_of_each_label():

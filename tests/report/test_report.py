@@ -379,3 +379,14 @@ def test_classes_that_numbers_speak_against_say_so_and_the_others_are_proposed(m
     assert "No class is proposed" in none
     assert 'id="propose"' not in none
     assert "roposed" not in page(make_report(k=3, averages=None))
+
+
+def test_views_are_shown_with_their_shares_and_uneven_ones_warned_of(make_report):
+    number = np.repeat([1, 2, 3, 4], [420, 1, 100, 79])
+    centre = np.array([[0.0, 0.0], [3.0, 0.0], [0.0, 3.0], [3.0, 3.0]])
+    said = page(make_report(n=600, k=4, class_number=number, class_centre=centre))
+    assert "1 (70%); 2 (0%); 3 (17%); 4 (13%)" in said
+    assert "cryo-svae select job042 --balance 0.5" in said
+    assert "One view (class 1) holds 70% of the particles" in said
+    assert "1 of 4 views (class 2) hold less than a fifth" in said
+    assert "Views (classes" not in page(make_report())

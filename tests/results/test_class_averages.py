@@ -15,6 +15,7 @@ from cryo_svae.imaging import geometry
 from cryo_svae.imaging.ctf import ctf_2d, ctf_at
 from cryo_svae.learning.estimation import EstimateTable
 from cryo_svae.particles.images import ImageSource
+from cryo_svae.particles.known_poses import turned_ctf
 from cryo_svae.particles.particle_set import read_particles
 from cryo_svae.particles.preprocessing import Preparation, soft_circle
 from cryo_svae.results.class_averages import (
@@ -27,7 +28,6 @@ from cryo_svae.results.class_averages import (
     crossing_ring,
     half_sets,
     ring_correlation,
-    turned_ctf,
 )
 from cryo_svae.simulate import SimulateConfig, render, simulate, write_simulated
 

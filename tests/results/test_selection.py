@@ -58,62 +58,67 @@ def block(job):
     return read_job_particles(job)[1]
 
 
-def rows(block, **options) -> list[int]:
-    return select_rows(block, SelectionConfig(**options)).tolist()
+@pytest.fixture(scope="module")
+def star(job):
+    return read_job_particles(job)[0]
+
+
+def rows(star, **options) -> list[int]:
+    return select_rows(star, star.block("particles"), SelectionConfig(**options)).tolist()
 
 
 def where(block, expression: str) -> list[int]:
     return np.flatnonzero(fulfils(block, expression)).tolist()
 
 
-def test_classes(block):
-    assert rows(block, classes="1") == [0, 3, 11]
-    assert rows(block, classes=" 1, 4-6 ") == [0, 3, 6, 7, 8, 11]
-    assert rows(block, classes="7,7") == [9, 10]
+def test_classes(star):
+    assert rows(star, classes="1") == [0, 3, 11]
+    assert rows(star, classes=" 1, 4-6 ") == [0, 3, 6, 7, 8, 11]
+    assert rows(star, classes="7,7") == [9, 10]
 
 
 @pytest.mark.parametrize("text", ["", "a", "0", "8", "3-2", "1-", "-3", "1;2", "1-99999999999", "1.0", "²"])
-def test_classes_that_are_none(block, text):
+def test_classes_that_are_none(star, text):
     with pytest.raises(InputError, match="--classes"):
-        rows(block, classes=text)
+        rows(star, classes=text)
 
 
-def test_a_list_of_particles_in_any_layout(block, tmp_path):
+def test_a_list_of_particles_in_any_layout(star, tmp_path):
     path = tmp_path / "list.txt"
     path.write_text("3\n1, 12\r\n 3\n\n")
-    assert rows(block, particles=path) == [0, 2, 11]
-    assert rows(block, particles=path, invert=True) == [1, *range(3, 11)]
+    assert rows(star, particles=path) == [0, 2, 11]
+    assert rows(star, particles=path, invert=True) == [1, *range(3, 11)]
 
 
 @pytest.mark.parametrize("text", ["0", "13", "1\n-2", "1\n2.0", "1\nx", "99999999999999999999"])
-def test_a_list_with_a_wrong_number_names_its_line(block, tmp_path, text):
+def test_a_list_with_a_wrong_number_names_its_line(star, tmp_path, text):
     path = tmp_path / "list.txt"
     path.write_text(text)
     with pytest.raises(InputError) as error:
-        rows(block, particles=path)
+        rows(star, particles=path)
     assert f"list.txt:{text.count(chr(10)) + 1}: found" in str(error.value)
 
 
-def test_a_list_that_is_missing_or_no_text(block, tmp_path):
+def test_a_list_that_is_missing_or_no_text(star, tmp_path):
     with pytest.raises(InputError, match="No such file"):
-        rows(block, particles=tmp_path / "none.txt")
+        rows(star, particles=tmp_path / "none.txt")
     (tmp_path / "raw").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="not text"):
-        rows(block, particles=tmp_path / "raw")
+        rows(star, particles=tmp_path / "raw")
 
 
-def test_the_best_share_of_what_else_is_asked(block):
-    assert rows(block, top="25%") == [0, 5, 9]
-    assert rows(block, top="50%", classes="1") == [0, 3]
-    assert rows(block, top="1%") == [9]
-    assert rows(block, top="100%") == list(range(N))
-    assert rows(block, top="25%", invert=True) == [1, 2, 3, 4, 6, 7, 8, 10, 11]
+def test_the_best_share_of_what_else_is_asked(star):
+    assert rows(star, top="25%") == [0, 5, 9]
+    assert rows(star, top="50%", classes="1") == [0, 3]
+    assert rows(star, top="1%") == [9]
+    assert rows(star, top="100%") == list(range(N))
+    assert rows(star, top="25%", invert=True) == [1, 2, 3, 4, 6, 7, 8, 10, 11]
 
 
 @pytest.mark.parametrize("text", ["0%", "101%", "50", "-5%", "nan%", "5%%", ""])
-def test_shares_that_are_none(block, text):
+def test_shares_that_are_none(star, text):
     with pytest.raises(InputError, match="--top"):
-        rows(block, top=text)
+        rows(star, top=text)
 
 
 @pytest.mark.parametrize(
@@ -289,11 +294,11 @@ def test_any_text_gives_flags_or_an_input_error(block, text):
         assert fulfils(block, text).shape == (N,)
 
 
-def test_nothing_selected_and_nothing_asked_are_errors(block):
+def test_nothing_selected_and_nothing_asked_are_errors(star):
     with pytest.raises(InputError, match="none of 12"):
-        rows(block, where="z1 > 100")
+        rows(star, where="z1 > 100")
     with pytest.raises(InputError, match="none of 12"):
-        rows(block, top="100%", invert=True)
+        rows(star, top="100%", invert=True)
     with pytest.raises(InputError, match="nothing to select by"):
         SelectionConfig(invert=True)
 
@@ -325,7 +330,7 @@ def test_a_selection_goes_through_relion(relion, job, tmp_path):
     np.testing.assert_allclose(theirs.numbers("rlnAnglePsi"), ours.numbers("rlnAnglePsi"))
 
 
-def picked(tmp_path, xs: list[float], merit: list[float], micrographs: str):
+def picked(tmp_path, xs: list[float], merit: list[float], micrographs: str, **optics: list[str]):
     n = len(xs)
     particles = {
         "rlnImageName": image_names(n),
@@ -335,18 +340,18 @@ def picked(tmp_path, xs: list[float], merit: list[float], micrographs: str):
         "rlnCoordinateY": [str(0.5 * x) for x in xs],
         "rlnParticleFigureOfMerit": [str(each) for each in merit],
     }
-    write_tables(tmp_path / "particles.star", {"optics": optics_columns(), "particles": particles})
-    return read_job_particles(tmp_path)[1]
+    write_tables(tmp_path / "particles.star", {"optics": optics_columns(**optics), "particles": particles})
+    return read_job_particles(tmp_path)[0]
 
 
 def test_of_particles_picked_twice_the_better_stays(tmp_path):
     twice = picked(tmp_path, [0, 10, 20, 100, 10, 5], [0.5, 0.9, 0.7, 0.1, 0.2, 0.3], "aaaabb")
-    assert rows(twice, min_distance=12.0) == [1, 3, 5]
-    assert rows(twice, min_distance=12.0, invert=True) == [0, 2, 4]
-    assert rows(twice, min_distance=11.0) == [0, 1, 2, 3, 5]  # (0, 0) to (10, 5) is 11.2
+    assert rows(twice, min_distance="12px") == [1, 3, 5]
+    assert rows(twice, min_distance="12px", invert=True) == [0, 2, 4]
+    assert rows(twice, min_distance="11px") == [0, 1, 2, 3, 5]  # (0, 0) to (10, 5) is 11.2
     # a chain whose best is an end: the middle goes, and the other end, near to nothing that stays, does not
     chain = picked(tmp_path, [0, 10, 20], [0.9, 0.5, 0.3], "aaa")
-    assert rows(chain, min_distance=12.0) == [0, 2]
+    assert rows(chain, min_distance="12px") == [0, 2]
 
 
 @given(
@@ -358,8 +363,8 @@ def test_of_particles_picked_twice_the_better_stays(tmp_path):
 def test_what_stays_is_apart_and_what_goes_has_a_better_neighbour(tmp_path_factory, picks, distance):
     xs, names, merits = zip(*picks, strict=True)
     folder = tmp_path_factory.mktemp("picks")
-    block = picked(folder, list(map(float, xs)), list(map(float, merits)), "".join(names))
-    kept = set(rows(block, min_distance=float(distance)))
+    star = picked(folder, list(map(float, xs)), list(map(float, merits)), "".join(names))
+    kept = set(rows(star, min_distance=f"{distance}px"))
 
     def near(a: int, b: int) -> bool:
         return names[a] == names[b] and np.hypot(xs[a] - xs[b], 0.5 * (xs[a] - xs[b])) < distance
@@ -372,11 +377,28 @@ def test_what_stays_is_apart_and_what_goes_has_a_better_neighbour(tmp_path_facto
             assert any(merits[b] >= merits[a] for b in nearer)
 
 
-def test_duplicates_need_micrographs_and_places(block):
+@pytest.mark.parametrize("label", ["rlnMicrographPixelSize", "rlnMicrographOriginalPixelSize"])
+def test_a_distance_in_angst_is_one_in_the_micrographs_pixels(tmp_path, label):
+    twice = picked(tmp_path, [0, 10, 20, 100], [0.5, 0.9, 0.7, 0.1], "aaaa", **{label: ["0.5"]})
+    assert rows(twice, min_distance="5.6") == rows(twice, min_distance="11.2px") == [1, 3]
+    assert rows(twice, min_distance="5.5") == rows(twice, min_distance="11px") == [0, 1, 2, 3]
+
+
+def test_a_distance_in_angst_needs_the_micrographs_pixel_size(tmp_path):
+    twice = picked(tmp_path, [0, 10], [0.5, 0.9], "aa")
+    with pytest.raises(InputError, match=r"no pixel size of the micrographs(.|\n)*--min-distance 40px"):
+        rows(twice, min_distance="40")
+
+
+def test_duplicates_need_micrographs_and_places(star):
     with pytest.raises(InputError, match=r"--min-distance.*found particles without rlnCoordinateX"):
-        rows(block, min_distance=10.0)
-    with pytest.raises(InputError, match="--min-distance"):
-        SelectionConfig(min_distance=0.0)
+        rows(star, min_distance="10")
+
+
+@pytest.mark.parametrize("text", ["0", "0px", "-4", "40 mm", "inf", "", "1e3"])
+def test_a_distance_that_is_none_is_refused(text):
+    with pytest.raises(InputError, match="min-distance"):
+        SelectionConfig(min_distance=text)
 
 
 @pytest.fixture

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeliner.display_tools import create_results_display_object, mini_montage_from_stack
+from pipeliner.display_tools import (
+    create_results_display_object,
+    mini_montage_from_many_files,
+    mini_montage_from_stack,
+)
 from pipeliner.job_options import (
     EXT_STARFILE,
     BooleanJobOption,
@@ -30,7 +34,17 @@ from pipeliner.starfile_handler import StarFile
 from cryo_svae_pipeliner.shared import describe, particle_plots
 
 FROM_DATA = "found from the data"
-VALUES = ("z_dim", "mask_diameter", "max_shift", "classes", "epochs", "box", "seed")
+VALUES = (
+    "z_dim",
+    "mask_diameter",
+    "lowest_resolution",
+    "highest_resolution",
+    "max_shift",
+    "classes",
+    "epochs",
+    "box",
+    "seed",
+)
 CTF = {FROM_DATA: [], "yes": ["--ctf"], "no": ["--no-ctf"]}
 NO_RESOLUTION_ANGST = 999.0
 
@@ -73,7 +87,19 @@ class CryoSvaeRun(PipelinerJob):
             suggested_min=50,
             suggested_max=500,
             step_value=10,
-            help_text="Diameter of the circle that holds the particle. Empty: the box.",
+            help_text="Diameter of the circle that holds the particle. Empty: found from the images.",
+        )
+        self.joboptions["lowest_resolution"] = FloatJobOption(
+            label="Lowest resolution (Å):",
+            suggested_min=40,
+            suggested_max=200,
+            help_text="What is coarser is not compared: a micelle's bulk, for one. Empty: no bound.",
+        )
+        self.joboptions["highest_resolution"] = FloatJobOption(
+            label="Highest resolution (Å):",
+            suggested_min=5,
+            suggested_max=30,
+            help_text="What is finer is not compared: ice, for one. Empty: no bound.",
         )
         self.joboptions["invert"] = BooleanJobOption(
             label="Protein is dark?",
@@ -159,15 +185,15 @@ class CryoSvaeRun(PipelinerJob):
     def create_results_display(self) -> Sequence[ResultsDisplayObject]:
         """Class averages, traversals of the latent axes, plots of the particles, the report."""
         folder = Path(self.output_dir)
-        shown = [
-            mini_montage_from_stack(
-                str(folder / "classes.mrcs"),
-                self.output_dir,
-                title="Class averages: number, particles, resolution",
-                labels=class_labels(folder / "classes.star"),
-                nimg=-1,
+        stack, labels = str(folder / "classes.mrcs"), class_labels(folder / "classes.star")
+        title = "Class averages: number, particles, resolution"
+        shown: list[ResultsDisplayObject] = []
+        if len(labels) == 1:  # the Pipeliner takes a stack of one image for no stack
+            shown.append(mini_montage_from_many_files([stack], self.output_dir, title=title, labels=labels))
+        else:
+            shown.append(
+                mini_montage_from_stack(stack, self.output_dir, title=title, labels=labels, nimg=-1)
             )
-        ]
         for axis in sorted(folder.glob("traversal_z*.mrcs")):
             shown.append(
                 mini_montage_from_stack(

@@ -14,13 +14,13 @@ from pipeliner.job_options import (
     JobOptionValidationResult,
     StringJobOption,
 )
-from pipeliner.nodes import NODE_PARTICLEGROUPMETADATA
+from pipeliner.nodes import NODE_IMAGE2DGROUPMETADATA, NODE_IMAGE2DSTACK, NODE_PARTICLEGROUPMETADATA
 from pipeliner.pipeliner_job import PipelinerCommand, PipelinerJob
 from pipeliner.results_display_objects import ResultsDisplayObject
 
 from cryo_svae_pipeliner.shared import Particles, describe, particle_plots
 
-CONDITIONS = ("classes", "where", "top")
+CONDITIONS = ("classes", "where", "top", "min_distance")
 
 
 class CryoSvaeSelect(PipelinerJob):
@@ -47,6 +47,12 @@ class CryoSvaeSelect(PipelinerJob):
             is_required=True,
         )
         self.joboptions["classes"] = StringJobOption(label="Classes:", help_text="E.g. 1,4-7.")
+        self.joboptions["auto"] = BooleanJobOption(
+            label="Propose classes?",
+            default_value=False,
+            help_text="Takes the classes that size, figure of merit and resolution speak for, instead of "
+            "those named above; run.out lists all, with the reasons for what is left out.",
+        )
         self.joboptions["where"] = StringJobOption(
             label="Condition:",
             help_text="E.g. figure_of_merit > 0.4 and z1 > 0. Any numeric column by its label, or z1, z2, "
@@ -56,16 +62,31 @@ class CryoSvaeSelect(PipelinerJob):
         self.joboptions["top"] = StringJobOption(
             label="Best of them:", help_text="By figure of merit, e.g. 50%; of what the others allow."
         )
+        self.joboptions["min_distance"] = StringJobOption(
+            label="Least distance of picks:",
+            help_text="Of particles picked twice, nearer than this in one micrograph, only the best stays: "
+            "in Å, e.g. 40, or in pixels of rlnCoordinateX, e.g. 40px.",
+        )
         self.joboptions["invert"] = BooleanJobOption(
             label="Take all the others instead?", default_value=False, help_text="The complement."
         )
-        self.get_runtab_options()
+        self.joboptions["templates"] = BooleanJobOption(
+            label="Write templates for picking?",
+            default_value=False,
+            help_text="The averages of the selected classes, centred, protein white, 20 Å or coarser: "
+            "templates.star and templates.mrcs.",
+        )
+        self.get_runtab_options(addtl_args=True)
 
     def additional_joboption_validation(self) -> list[JobOptionValidationResult]:
         """At least one condition; a file of the name that cryo-svae looks for."""
         errors = []
-        if not any(self.joboptions[name].value for name in CONDITIONS):
-            message = "Give classes, a condition, or how many of the best."
+        is_auto = self.joboptions["auto"].get_boolean()
+        conditions = [self.joboptions[name].value for name in (*CONDITIONS, "other_args")]
+        if not is_auto and not any(conditions):
+            message = (
+                "Give classes or have them proposed, a condition, a distance, or how many of the best."
+            )
             raised_by = [self.joboptions[name] for name in CONDITIONS]
             errors.append(JobOptionValidationResult("error", raised_by, message))
         given = self.joboptions["fn_parts"]
@@ -75,8 +96,11 @@ class CryoSvaeSelect(PipelinerJob):
         return errors
 
     def create_output_nodes(self) -> None:
-        """The particles selected."""
+        """The particles selected, and the templates."""
         self.add_output_node("particles.star", NODE_PARTICLEGROUPMETADATA, ["relion", "cryosvae"])
+        if self.joboptions["templates"].get_boolean():
+            self.add_output_node("templates.star", NODE_IMAGE2DGROUPMETADATA, ["relion", "cryosvae"])
+            self.add_output_node("templates.mrcs", NODE_IMAGE2DSTACK, ["cryosvae", "templates"])
 
     def get_commands(self) -> list[PipelinerCommand]:
         """One selection."""
@@ -85,10 +109,11 @@ class CryoSvaeSelect(PipelinerJob):
         command = ["cryo-svae", "select", str(folder), "--out", str(out)]
         for name in CONDITIONS:
             if self.joboptions[name].value:
-                command.append(f"--{name}={self.joboptions[name].get_string()}")
-        if self.joboptions["invert"].get_boolean():
-            command.append("--invert")
-        return [PipelinerCommand(command)]
+                command.append(f"--{name.replace('_', '-')}={self.joboptions[name].get_string()}")
+        command += [f"--{name}" for name in ("auto", "invert") if self.joboptions[name].get_boolean()]
+        if self.joboptions["templates"].get_boolean():
+            command.append(f"--templates={out.with_name('templates.star')}")
+        return [PipelinerCommand([*command, *self.parse_additional_args()])]
 
     def create_results_display(self) -> Sequence[ResultsDisplayObject]:
         """How many were taken, and plots of them."""
