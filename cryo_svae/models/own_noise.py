@@ -4,9 +4,9 @@ Ice, carbon, an aggregate or a bright neighbour leaves residuals that the noise 
 and least squares would bend every content towards them. So the variance of a particle's noise in a band is
 that of the set over a weight of its own, whose prior is a gamma distribution about 1: the residuals have
 Student's t distribution, and those that are improbably great teach little (Lange, Little and Taylor 1989,
-J. Am. Stat. Assoc. 84, 881). Given the residual's power the most probable weight is one division. How wide
-the prior is (the degrees of freedom of the t distribution) is learned for each band: where particles have the
-same noise, weights are all but 1 and nothing is lost by them.
+J. Am. Stat. Assoc. 84, 881). Given the residual's power the most probable weight is one division. How wide the prior is (the
+degrees of freedom of the t distribution) is learned for each band: where all particles have the same noise,
+weights are all but 1 and nothing is lost by them.
 """
 
 from __future__ import annotations
@@ -60,7 +60,11 @@ class OwnNoise(nn.Module):
         return (1.0 + self.dof / self.strength) / (1.0 + found / self.strength)
 
     def learn_strength(self, weight: Float[Tensor, "n k"]) -> None:
-        """The strengths under which the residuals that gave these weights are likeliest."""
+        """The strengths under which the residuals that gave these weights are likeliest.
+
+        Rows of ones are of particles that were never looked at.
+        """
+        weight = weight[(weight != 1.0).any(1)]
         found = ((self.strength + self.dof) / weight - self.strength).double().clamp(min=0.0)
         likelihood = torch.stack([self._log_likelihood(found, strength) for strength in STRENGTHS])
         tried = self.strength.new_tensor(STRENGTHS)

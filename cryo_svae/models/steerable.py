@@ -436,9 +436,9 @@ class SteerableEngine(Engine):
         """Particles at trial origins here + offsets; and centred at ``here`` for the encoder.
 
         A coarser ``polar`` than the engine's looks at fewer rings; ``weight`` is that of each particle's
-        own noise and ``scale`` that of its content, by default 1; ``rounded`` as in the transform's ``shifted_spectra``. The encoder is
-        shown y / sigma (noise of variance 1) with its CTF undone as far as the ring's signal-to-noise
-        ratio allows (Wiener).
+        own noise and ``scale`` that of its content, by default 1; ``rounded`` as in the transform's
+        ``shifted_spectra``. The encoder is shown y / sigma (noise of variance 1) with its CTF undone as far
+        as the ring's signal-to-noise ratio allows (Wiener).
         """
         polar = self.polar if polar is None else polar
         ring, variance = polar.ring, self.noise_variance[: polar.n_rings, None]

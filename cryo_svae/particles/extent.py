@@ -26,7 +26,10 @@ BRIGHT = 3.0  # times the median of the images' variances; brighter ones are lef
 WIENER = 0.02  # added to the mean square of the CTF in undoing it
 RISE = 0.02  # of a profile's range: less is no rise
 SURE = 4.0  # standard deviations that a rise and the particle itself must stand out by
-MARGIN, MARGIN_PX = 1.2, 1.5  # of the radius taken, over that of the rim: too narrow costs more than too wide
+MARGIN, MARGIN_PX = (
+    1.2,
+    1.5,
+)  # of the radius taken, over that of the rim: too narrow costs more than too wide
 
 
 def found_radius_px(parts: Iterable[tuple[Float[Tensor, "b n n"], CtfTable | None]]) -> float | None:
