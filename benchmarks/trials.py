@@ -7,7 +7,7 @@ import dataclasses
 import statistics
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from cryo_svae.learning.training import Schedule, fit, seed_everything
 from cryo_svae.learning.training_store import TrainingStore
 from cryo_svae.models import ENGINES
 from cryo_svae.models.engine import Engine, Posterior
+from cryo_svae.particles import outliers
 from cryo_svae.particles.extent import SAMPLED, diameter_angst
 from cryo_svae.particles.preprocessing import Preparation, prepare
 from cryo_svae.simulate import Simulated
@@ -135,10 +136,16 @@ def run_trial(
     config_changes["mask_radius_px"] = preparation.mask_radius_px
     use_ctf = simulated.ctf is not None
     checkpoint = untrained(engine_name, z_dim, preparation, use_ctf, seed, **config_changes)
-    parts = (
-        prepare(part, simulated.pixel_size_angst, preparation)[0] for part in simulated.images.split(1024)
-    )
-    store = store_of(checkpoint.engine, parts, simulated.ctf)
+    measured = []
+
+    def parts() -> Iterator[Tensor]:
+        for part in simulated.images.split(1024):
+            prepared = prepare(part, simulated.pixel_size_angst, preparation)[0]
+            measured.append(outliers.measures(prepared, preparation.mask_radius_px))
+            yield prepared
+
+    store = store_of(checkpoint.engine, parts(), simulated.ctf)
+    store.outlier = outliers.found(torch.cat(measured))
     trial = Trial(None, checkpoint, 0.0, 0.0, 0.0)  # type: ignore[arg-type]
     watched = torch.arange(min(watch, len(store)))
 

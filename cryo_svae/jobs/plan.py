@@ -31,7 +31,7 @@ from cryo_svae.imaging import geometry
 from cryo_svae.learning.checkpoint import Checkpoint
 from cryo_svae.learning.estimation import EstimateTable
 from cryo_svae.learning.training import Schedule, fit, seed_everything
-from cryo_svae.learning.training_store import OUTLIER, TrainingStore, build_store
+from cryo_svae.learning.training_store import TrainingStore, build_store
 from cryo_svae.models import CONFIG_CLASSES, ENGINES
 from cryo_svae.models.engine import TrainingDefaults
 from cryo_svae.particles.extent import fitted
@@ -315,12 +315,12 @@ def report_unusable(particles: ParticleSet, store: TrainingStore) -> None:
         )
     if store.outlier is not None:
         log.warning(
-            "%s: left out of training, as one such image can spoil it for all (hot pixels?); "
-            "they are estimated all the same",
+            "%s: left out of training, as a few such images can spoil it for all; they are estimated all "
+            "the same",
             _named(
                 particles,
                 store.particle[store.outlier.numpy()],
-                f"have more than {OUTLIER:.0f} times the usual mean square",
+                "are far brighter than the others, or far stronger at low resolution (hot pixels? ice?)",
             ),
         )
     if len(store) == 0:

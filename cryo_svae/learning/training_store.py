@@ -24,13 +24,13 @@ from cryo_svae.computing.distributed import Share
 from cryo_svae.errors import InputError, OutputError
 from cryo_svae.imaging.ctf import CtfTable
 from cryo_svae.models.engine import Batch, Engine
+from cryo_svae.particles import outliers
 from cryo_svae.particles.images import ImageSource
 from cryo_svae.particles.known_poses import known_poses
 from cryo_svae.particles.preprocessing import CPU, Preparation, prepared_images, working_ctf
 
 IN_MEMORY_BYTES = 2**30
 GPU_SHARE = 0.6  # of its free memory, for images; the rest is for the work on a batch
-OUTLIER = 10.0  # times the median of the images' mean squares: one pixel of 95 sd in 32 x 32
 
 
 @dataclass
@@ -41,7 +41,7 @@ class TrainingStore:
     ctf:      their CTF parameters on the working grid, where the images are, or None.
     particle: (n,) the row of every usable particle in the particle set.
     first:    row among the n of the first one held.
-    outlier:  (n,) True for images so bright that they are not trained on; None where none is.
+    outlier:  (n,) True for images that stand out and are not trained on; None where none is.
     waited_s: seconds that whoever asked for batches waited for them.
     """
 
@@ -136,8 +136,7 @@ def build_store(
 ) -> TrainingStore:
     """Prepares and represents every particle of this process once; unusable ones are left out.
 
-    Outliers are images of more than ten times the median's mean square: the noise that an engine learns
-    is a mean over all images, which one image with a hot pixel can spoil for all.
+    Outliers (see ``outliers``) are not trained on: what an engine learns of all images a few can spoil.
 
     device:  where the engine is, and images are prepared.
     scratch: folder for the half-precision file that takes what exceeds ``IN_MEMORY_BYTES``. The
@@ -147,7 +146,7 @@ def build_store(
     image: Tensor | None = None
     rows: list[NDArray[np.intp]] = []
     filled = 0
-    energy = torch.zeros(len(particles), dtype=torch.float64)
+    measured = torch.zeros(len(particles), outliers.N_MEASURES, dtype=torch.float64)
     own = np.arange(len(particles))[distributed.block(len(particles))]
     poses = known_poses(particles, preparation)
     for index, images, usable in prepared_images(source, own, preparation, device=device):
@@ -160,7 +159,7 @@ def build_store(
         most = torch.finfo(image.dtype).max  # a hot pixel may be beyond half precision
         image[filled : filled + len(kept)] = kept.clamp(-most, most)
         rows.append(index[usable.cpu().numpy()])
-        energy[rows[-1]] = images.square().mean((1, 2))[usable].double().cpu()
+        measured[rows[-1]] = outliers.measures(images[usable], preparation.mask_radius_px).cpu()
         filled += len(kept)
     usable_of_all = torch.zeros(len(particles), dtype=torch.long)
     n_held = torch.zeros(distributed.world(), dtype=torch.long)
@@ -168,7 +167,7 @@ def build_store(
         usable_of_all[row] = 1
     n_held[distributed.rank()] = filled
     usable_of_all, n_held = distributed.totals(usable_of_all, n_held)
-    (energy,) = distributed.totals(energy)
+    (measured,) = distributed.totals(measured)
     if distributed.world() > 1 and not n_held.all():
         raise InputError(
             particles.star.path,
@@ -185,11 +184,7 @@ def build_store(
         ctf = (ctf if poses is None else poses.turned(ctf))[usable_rows].to(image.device)
     first = int(n_held[: distributed.rank()].sum())
     particle = usable_of_all.nonzero()[:, 0]
-    store = TrainingStore(image[:filled], ctf, particle.numpy(), first)
-    if len(store):
-        outlier = energy[particle] > OUTLIER * energy[particle].median()
-        store.outlier = outlier if outlier.any() else None
-    return store
+    return TrainingStore(image[:filled], ctf, particle.numpy(), first, outliers.found(measured[particle]))
 
 
 def _allocate(shape: tuple[int, ...], scratch: Path, device: torch.device) -> Tensor:

@@ -4,7 +4,9 @@ Ice, carbon, an aggregate or a bright neighbour leaves residuals that the noise 
 and least squares would bend every content towards them. So the variance of a particle's noise in a band is
 that of the set over a weight of its own, whose prior is a gamma distribution about 1: the residuals have
 Student's t distribution, and those that are improbably great teach little (Lange, Little and Taylor 1989,
-J. Am. Stat. Assoc. 84, 881). Given the residual's power the most probable weight is one division.
+J. Am. Stat. Assoc. 84, 881). Given the residual's power the most probable weight is one division. How wide
+the prior is (the degrees of freedom of the t distribution) is learned for each band: where all particles have
+the same noise, weights are all but 1 and nothing is lost by them.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from torch import Tensor, nn
 
 FIRST_BAND = 4  # rings; fewer hold too few numbers to judge a particle by
 NEXT_BAND = 1.4  # first ring of a band over that of the one before
-STRENGTH = 8.0  # numbers that the prior of a weight is worth, its degrees of freedom
+FIRST_STRENGTH = 8.0  # before anything is known of the residuals
+STRENGTHS = torch.logspace(math.log10(4.0), 4.0, 28).tolist()  # tried, a third apart
 
 
 class OwnNoise(nn.Module):
@@ -26,11 +29,13 @@ class OwnNoise(nn.Module):
 
     in_band:  (r, k), 1 where a ring is in a band.
     dof:      (k,) how many independent numbers noise has in a band.
-    strength: numbers that the prior is worth; infinite where all particles have the noise of the set.
+    strength: (k,) numbers that the prior is worth, its degrees of freedom; infinite where all particles
+              have the noise of the set.
     """
 
     in_band: Tensor
     dof: Tensor
+    strength: Tensor
 
     def __init__(self, noise_dof: Float[Tensor, "r"]) -> None:
         super().__init__()
@@ -42,7 +47,7 @@ class OwnNoise(nn.Module):
             in_band[start:end, band] = 1.0
         self.register_buffer("in_band", in_band, persistent=False)
         self.register_buffer("dof", noise_dof @ in_band, persistent=False)
-        self.strength = STRENGTH
+        self.register_buffer("strength", torch.full((len(first) - 1,), FIRST_STRENGTH))
 
     @property
     def n_bands(self) -> int:
@@ -53,6 +58,24 @@ class OwnNoise(nn.Module):
         """The most probable weights, from residual power in units of the set's noise variance."""
         found = (power @ self.in_band).clamp(min=0.0)
         return (1.0 + self.dof / self.strength) / (1.0 + found / self.strength)
+
+    def learn_strength(self, weight: Float[Tensor, "n k"]) -> None:
+        """The strengths under which the residuals that gave these weights are likeliest.
+
+        Rows of ones are of particles that were never looked at.
+        """
+        weight = weight[(weight != 1.0).any(1)]
+        found = ((self.strength + self.dof) / weight - self.strength).double().clamp(min=0.0)
+        likelihood = torch.stack([self._log_likelihood(found, strength) for strength in STRENGTHS])
+        tried = self.strength.new_tensor(STRENGTHS)
+        self.strength.copy_(tried[likelihood.argmax(0)])
+
+    def _log_likelihood(self, found: Float[Tensor, "n k"], strength: float) -> Float[Tensor, "k"]:
+        """Sums over particles of log Student's t of residual power, but for what no strength changes."""
+        half, dof = strength / 2.0, self.dof.double()
+        constant = torch.lgamma(half + dof / 2.0) - math.lgamma(half) - dof / 2.0 * math.log(strength)
+        of_each = constant - (half + dof / 2.0) * torch.log1p(found / strength)
+        return of_each.sum(0)
 
     def variance(
         self, power: Float[Tensor, "q"], trusted: Float[Tensor, "q"], noise_dof: Float[Tensor, "q"]
@@ -74,18 +97,16 @@ class OwnNoise(nn.Module):
 
     def log_prior(self, weight: Float[Tensor, "b k"]) -> Float[Tensor, "b"]:
         """Log prior of weights, 0 of weights of 1, in nats."""
-        if math.isinf(self.strength):
-            return torch.zeros_like(weight[:, 0])
-        return 0.5 * self.strength * (torch.log(weight) - weight + 1.0).sum(1)
+        of_bands = self.strength * (torch.log(weight) - weight + 1.0)
+        return 0.5 * torch.where(self.strength.isinf(), 0.0, of_bands).sum(1)
 
     def misfit(self, power: Float[Tensor, "b r"]) -> Float[Tensor, "b"]:
         """How much likelier residuals are, in nats, under noise of their own spectrum than under the set's,
         as strong as it may be: how strong depends on how well the background was known. Only bands with
         more than their share count.
         """
-        if math.isinf(self.strength):
-            return torch.zeros_like(power[:, 0])
         found = power @ self.in_band
         share = found.sum(1, keepdim=True).clamp(min=1e-6) / self.dof.sum()
         excess = (found / (share * self.dof.clamp(min=1e-6))).clamp(min=1.0)
-        return 0.5 * (self.dof * (excess - 1.0 - torch.log(excess))).sum(1)
+        of_bands = self.dof * (excess - 1.0 - torch.log(excess))
+        return 0.5 * torch.where(self.strength.isinf(), 0.0, of_bands).sum(1)

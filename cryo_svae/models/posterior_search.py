@@ -53,6 +53,7 @@ class _Guess(NamedTuple):
     near:    probability of each rotation, or of a neighbour if that is likelier (b, n).
     power:   of each ring of the image (b, r), see ``SteerableEngine.ring_power``.
     left:    power of each ring that content does not explain, in units of the set's noise (b, r).
+    scale:   of the content (b,), and the variance of its posterior (b,).
     """
 
     origin: Tensor
@@ -61,6 +62,8 @@ class _Guess(NamedTuple):
     near: Tensor
     power: Tensor
     left: Tensor
+    scale: Tensor
+    scale_variance: Tensor
 
 
 class _Prepared(NamedTuple):
@@ -192,7 +195,7 @@ class PosteriorSearch(nn.Module):
         origins = guess.origin[:, None] + offsets
         log_prior = engine.log_prior(origins, guess.step_px)
         weight = engine.own.weight(guess.left)
-        look, restored = engine.look(batch, guess.origin, offsets, weight=weight)
+        look, restored = engine.look(batch, guess.origin, offsets, weight=weight, scale=guess.scale)
         space = self._prepared().space
         angle = self._likely_angles(guess.near)
         sight = space.seen(look, angle)
@@ -213,6 +216,7 @@ class PosteriorSearch(nn.Module):
         z_variance = (share[..., None] * (at - z_mean[:, None]).square()).sum(1)
         volume = torch.linalg.slogdet(root).logabsdet + engine.z_dim * math.log(INFLATION)
         log_evidence = top + torch.log(total[:, 0]) - math.log(len(self.points)) + volume
+        log_evidence = log_evidence + engine.scales.log_prior(guess.scale, guess.scale_variance)
         of_angle = probability.new_zeros(len(angle), look.n_psi).scatter(1, angle, probability.sum(2))
         psi, psi_std, second_mode = summarise_angle(of_angle)
         origin, origin_variance = mean_origin(probability.sum(1), origins)
@@ -246,7 +250,8 @@ class PosteriorSearch(nn.Module):
         left = power / engine.noise_variance
         here, z = self._coarse_search(batch, engine.own.weight(left))
         step_px = torch.full_like(here[:, 0], COARSE_STEP_PX / 2.0 if engine.shifts else 0.0)
-        guess = _Guess(here, z, step_px, torch.ones_like(here[:, :1]), power, left)
+        one = torch.ones_like(step_px)
+        guess = _Guess(here, z, step_px, one[:, None], power, left, one, torch.zeros_like(one))
         if engine.shifts:
             guess = self._look_around(batch, guess, self.outline, COARSE_STEP_PX / 4.0)
         return self._look_around(batch, guess, engine.polar, FINE_STEP_PX[0])
@@ -280,11 +285,16 @@ class PosteriorSearch(nn.Module):
         mass = mass / mass.sum((1, 2), keepdim=True)
         of_origin = mass.sum(2)
         origin, variance = mean_origin(of_origin, origins)
-        left = guess.left
+        left, scale = guess.left, (guess.scale, guess.scale_variance)
         if polar is engine.polar:
             content = content[row, best]
-            filtered = look.filtered(content[:, None], mass.sum(1))[:, 0]
-            left = engine.unexplained(guess.power, content, look.aligned(mass), filtered, weight)
+            aligned, filtered = look.aligned(mass), look.filtered(content[:, None], mass.sum(1))[:, 0]
+            energy = (filtered * content).sum((1, 2))
+            scale = engine.scales.found((aligned * content).sum((1, 2)), energy)
+            factor = scale[0][:, None, None]
+            left = engine.unexplained(
+                guess.power, content, factor * aligned, factor.square() * filtered, weight
+            )
             left = left / engine.noise_variance
         return _Guess(
             engine.within_reach(origin),
@@ -293,6 +303,7 @@ class PosteriorSearch(nn.Module):
             _greatest_near(mass.sum(1)),
             guess.power,
             left,
+            *scale,
         )
 
     def _coarse_search(

@@ -33,6 +33,7 @@ from cryo_svae.models.engine import (
 )
 from cryo_svae.models.invariant_encoder import InvariantEncoder
 from cryo_svae.models.own_noise import OwnNoise
+from cryo_svae.models.own_scale import OwnScale
 from cryo_svae.models.polar_generator import PolarGenerator
 from cryo_svae.models.pose_posterior import (
     LOG_IMPOSSIBLE,
@@ -97,6 +98,7 @@ class SteerableEngine(Engine):
     signal_energy:  running average of <h² c / sigma², c>, the log evidence scale of a particle.
     origin_px:      current origin of each training particle (n, 2).
     own_weight:     weights of each training particle in bands of rings (n, k), see ``own_noise``.
+    own_scale:      scale of the content of each training particle (n,), see ``own_scale``.
     compared:       1 for rings within the bounds of resolution (r,), 0 for the others.
     level:          coefficients of the soft disc itself (2, p); the imaginary ones are 0.
     mean_level:     of the training images, in units of the disc.
@@ -116,7 +118,7 @@ class SteerableEngine(Engine):
         batch_bytes=350,
     )
     largest_box_px: ClassVar[int] = 128
-    tables: ClassVar[tuple[str, ...]] = ("origin_px", "own_weight")
+    tables: ClassVar[tuple[str, ...]] = ("origin_px", "own_weight", "own_scale")
 
     compared: Tensor
     level: Tensor
@@ -129,6 +131,7 @@ class SteerableEngine(Engine):
     signal_energy: Tensor
     origin_px: Tensor
     own_weight: Tensor
+    own_scale: Tensor
     known_z: Tensor
     kl_weight: Tensor
     search_step_px: Tensor
@@ -163,6 +166,8 @@ class SteerableEngine(Engine):
         self.register_buffer("origin_px", torch.zeros(0, 2))
         self.own = OwnNoise(self.compared * self.noise_dof)
         self.register_buffer("own_weight", torch.ones(0, self.own.n_bands))
+        self.scales = OwnScale()
+        self.register_buffer("own_scale", torch.ones(0))
         self.register_buffer("known_z", torch.randn(KNOWN, z_dim))
         self.register_buffer("kl_weight", torch.tensor(1.0), persistent=False)
         self.register_buffer("search_step_px", torch.tensor(FINEST_STEP_PX), persistent=False)
@@ -177,6 +182,9 @@ class SteerableEngine(Engine):
             self.own_weight = self.own_weight.new_ones(len(table), self.own.n_bands)
             # models of earlier versions have none
             state_dict.setdefault(prefix + "own_weight", self.own_weight)
+            self.own_scale = self.own_weight.new_ones(len(table))
+            state_dict.setdefault(prefix + "own_scale", self.own_scale)
+            state_dict.setdefault(prefix + "scales.variance", self.scales.variance)
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._look_as_far_as(int(self.n_rings))
 
@@ -206,6 +214,7 @@ class SteerableEngine(Engine):
         through, trusted = torch.zeros_like(passed), torch.zeros_like(passed)
         self.mean_level.zero_()
         self.own_weight = self.own_weight.new_ones(n_particles, self.own.n_bands)
+        self.own_scale = self.own_scale.new_ones(n_particles)
         sample = list(self._sampled(batches))
         self._start_noise(sample)
         for batch in itertools.chain(sample, batches):
@@ -274,6 +283,8 @@ class SteerableEngine(Engine):
         done = min(1.0, epoch / max(1.0, NARROWING * n_epochs))
         widest = max(FINEST_STEP_PX, self.config.max_shift_px / 2)
         self.search_step_px.fill_(widest ** (1.0 - done) * FINEST_STEP_PX**done)
+        if epoch > 0 and not torch.isinf(self.own.strength).any():
+            self.own.learn_strength(self.own_weight)
         self._march()
 
     @property
@@ -314,7 +325,10 @@ class SteerableEngine(Engine):
         with torch.no_grad(), own_precision(batch.image):
             here, offsets = self._trial_origins(batch.index)
             weight, power = self.own_weight[batch.index], self.ring_power(batch)
-            look, restored = self.look(batch, here, offsets, weight=weight, rounded=self.training)
+            scale = self.own_scale[batch.index]
+            look, restored = self.look(
+                batch, here, offsets, weight=weight, scale=scale, rounded=self.training
+            )
         mean, log_std = self.encode(restored)
         origins = here[:, None] + offsets
         log_prior = self.log_prior(origins, self.search_step_px)
@@ -322,15 +336,21 @@ class SteerableEngine(Engine):
         content = self.generator(mean + batch.draw(torch.randn, mean) * log_std.exp())
         with torch.no_grad(), own_precision(batch.image):
             pose = look.posterior(content, log_prior)
-            expected = ((pose.aligned - 0.5 * pose.filtered) * content).sum((1, 2))
+            agreement = (pose.aligned * content).sum((1, 2))
+            energy = (pose.filtered * content).sum((1, 2))
+            expected = agreement - 0.5 * energy
             residual = pose.aligned - pose.filtered
+            scale, scale_variance = self.scales.found(agreement / scale, energy / scale.square())
+            expected = expected + self.scales.log_prior(scale, scale_variance)
             unexplained = self.unexplained(power, content, pose.aligned, pose.filtered, weight)
             if self.training:
-                self._learn(batch, content, pose, origins, weight, unexplained)
+                second_moment = (scale - 1.0).square() + scale_variance
+                self._learn(batch, content, pose, origins, weight, unexplained, energy, second_moment)
                 self.known_z.copy_(torch.cat([self.known_z, batch.first(mean, KNOWN_ANEW)])[-KNOWN:])
             self._move(batch, pose, origins)
             own = slice(batch.n_own)
             self.own_weight[batch.index[own]] = self.own.weight(unexplained[own] / self.noise_variance)
+            self.own_scale[batch.index[own]] = scale[own]
         # The value is ``expected``; the gradient is that of the log evidence (see pose_posterior), and
         # of the log prior of the content.
         if self.training:
@@ -430,20 +450,23 @@ class SteerableEngine(Engine):
         offsets: Float[Tensor, "*each t 2"],
         polar: PolarTransform | None = None,
         weight: Float[Tensor, "b k"] | None = None,
+        scale: Float[Tensor, "b"] | None = None,
         rounded: bool = False,
     ) -> tuple[Look, Float[Tensor, "b 2 p"]]:
         """Particles at trial origins here + offsets; and centred at ``here`` for the encoder.
 
         A coarser ``polar`` than the engine's looks at fewer rings; ``weight`` is that of each particle's
-        own noise, by default 1; ``rounded`` as in the transform's ``shifted_spectra``. The encoder is
-        shown y / sigma (noise of variance 1) with its CTF undone as far as the ring's signal-to-noise
-        ratio allows (Wiener).
+        own noise and ``scale`` that of its content, by default 1; ``rounded`` as in the transform's
+        ``shifted_spectra``. The encoder is shown y / sigma (noise of variance 1) with its CTF undone as far
+        as the ring's signal-to-noise ratio allows (Wiener).
         """
         polar = self.polar if polar is None else polar
         ring, variance = polar.ring, self.noise_variance[: polar.n_rings, None]
         trust = 1.0 if weight is None else self.own.of_rings(weight, polar.n_rings)[..., None]
         noise = variance / trust
         images, ctf = self._seen(batch, polar), self._ctf(batch, polar)
+        if scale is not None:
+            ctf = ctf * scale[:, None, None]
         by_variance = ctf / noise
         power = ctf * by_variance
         snr = (self.signal_power[: polar.n_rings, None] / variance).clamp(max=MOST_SNR)
@@ -526,24 +549,28 @@ class SteerableEngine(Engine):
         origins: Float[Tensor, "b t 2"],
         weight: Float[Tensor, "b k"],
         unexplained: Float[Tensor, "b r"],
+        energy: Float[Tensor, "b"],
+        scale_moment: Float[Tensor, "b"],
     ) -> None:
-        """Running averages: residual power of each ring, origin variance, energy of a particle."""
+        """Running averages: residual power of each ring, variances of origins and scales, energy."""
         own, n = slice(batch.n_own), batch.n_whole
         trust = self.own.of_rings(weight, self.polar.n_rings)
         drawn = content.square() * trust.clamp(max=1.0)[:, None, self.polar.ring]
-        power, trusted, content_power, energy, second = batch.totals(
+        power, trusted, content_power, total_energy, second, moment = batch.totals(
             (trust * unexplained[:, : self.polar.n_rings])[own].sum(0),
             trust[own].sum(0),
             drawn[own].sum((0, 1)),
-            (pose.filtered * content)[own].sum((1, 2)).sum(),
+            energy[own].sum(),
             (pose.probability.sum(-1) * origins.square().sum(-1))[own].sum(1).sum(),
+            scale_moment[own].sum(),
         )
         dof = self.noise_dof[: self.polar.n_rings]
         signal = self.polar.ring_sum(content_power) / (n * dof)
         self.noise.lerp_(self.own.variance(power, trusted, dof), 1.0 - MEMORY)
         self.signal_power[: self.polar.n_rings].lerp_(signal, 1.0 - MEMORY)
         self.generator.learn_prior(content_power / n, self.noise, 1.0 - MEMORY)
-        self.signal_energy.lerp_(energy / n, 1.0 - MEMORY)
+        self.signal_energy.lerp_(total_energy / n, 1.0 - MEMORY)
+        self.scales.learn(moment / n, 1.0 - MEMORY)
         if self.shifts and self.config.shift_std_px is None:
             self.shift_variance.lerp_((second / n / 2).clamp(min=0.01), 1.0 - MEMORY)
 

@@ -28,7 +28,10 @@ BRIGHT = 3.0  # times the median of the images' variances; brighter ones are lef
 WIENER = 0.02  # added to the mean square of the CTF in undoing it
 RISE = 0.02  # of a profile's range: less is no rise
 SURE = 4.0  # standard deviations that a rise and the particle itself must stand out by
-MARGIN, MARGIN_PX = 1.15, 1.0  # of the radius taken, over that of the rim
+MARGIN, MARGIN_PX = (
+    1.2,
+    1.5,
+)  # of the radius taken, over that of the rim: too narrow costs more than too wide
 
 
 def found_radius_px(parts: Iterable[tuple[Float[Tensor, "b n n"], CtfTable | None]]) -> float | None:
@@ -61,7 +64,7 @@ def found_radius_px(parts: Iterable[tuple[Float[Tensor, "b n n"], CtfTable | Non
         return None
     rim = _rim(mean, SURE * noise)
     spread, noise = _profile(squares)
-    return max(MARGIN * rim + MARGIN_PX, float(_rim(spread, SURE * noise)))
+    return max(MARGIN * rim + MARGIN_PX, _rim(spread, SURE * noise))
 
 
 def diameter_angst(
@@ -131,7 +134,7 @@ def _profile(halves: Float[Tensor, "2 n n"]) -> tuple[Float[Tensor, "r"], float]
     return first + second, float((first - second).square().mean().sqrt())
 
 
-def _rim(profile: Float[Tensor, "r"], noise: float) -> int:
+def _rim(profile: Float[Tensor, "r"], noise: float) -> float:
     """Where a profile that falls from its greatest value ends to fall, or is as good as there."""
     top = int(profile.argmax())
     least = max(RISE * float(profile.max() - profile.min()), noise)
@@ -141,4 +144,9 @@ def _rim(profile: Float[Tensor, "r"], noise: float) -> int:
             lowest = r
         if profile[r] > profile[lowest] + least:
             break
-    return int((profile[top:] <= profile[lowest] + least / 2.0).nonzero()[0]) + top
+    level = float(profile[lowest]) + least / 2.0
+    rim = int((profile[top:] <= level).nonzero()[0]) + top
+    if rim == top:
+        return float(rim)
+    before, there = float(profile[rim - 1]), float(profile[rim])
+    return rim - (level - there) / (before - there)

@@ -45,3 +45,11 @@ def planted_engine(
         engine.signal_power.copy_(engine.full.ring_sum(rest.square().sum(0)) / engine.noise_dof)
         engine.signal_energy.copy_(rest.square().sum())
     return engine.eval()
+
+
+def make_alike(engine: SteerableEngine, n_particles: int) -> None:
+    """Noise and scale are the same for all of n particles, as in images drawn from the engine's model."""
+    engine.own.strength.fill_(torch.inf)
+    engine.scales.variance.fill_(1e-9)
+    engine.own_weight = torch.ones(n_particles, engine.own.n_bands)
+    engine.own_scale = torch.ones(n_particles)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 from benchmarks.calibration import Coverage, coverage, coverages, drawn_from
 from cryo_svae.models.engine import Batch, Posterior
-from tests.models.planted import planted_engine
+from tests.models.planted import make_alike, planted_engine
 
 IMAGES = 1000
 
@@ -19,7 +17,7 @@ def planted() -> dict[str, Coverage]:
     """Of images drawn from the engine's own model, which is right then: what is off is inference."""
     torch.set_num_threads(1)
     engine = planted_engine(24, contrast=0.15, max_shift_px=3.0, shift_std_px=0.8)
-    engine.own.strength = math.inf  # noise is the same for all
+    make_alike(engine, IMAGES)
     images, truth = drawn_from(engine, IMAGES, seed=5, noise_std=1.0)
     kept = engine.represent(images)
     rows = torch.arange(IMAGES).split(200)

@@ -15,7 +15,7 @@ from benchmarks.calibration import drawn_from
 from cryo_svae.models.coordinate import CoordinateConfig, CoordinateEngine
 from cryo_svae.models.engine import Batch
 from cryo_svae.models.steerable import SteerableEngine
-from tests.models.planted import planted_engine
+from tests.models.planted import make_alike, planted_engine
 
 Reals = NDArray[np.float64]
 BOX, RADIUS = 12, 5.0
@@ -294,8 +294,7 @@ def test_the_steerable_engine_s_evidence_is_the_integral_over_z_psi_and_origins(
     images, _ = drawn_from(engine, 8, seed=3, noise_std=1.0)
     batch = Batch(torch.arange(8), engine.represent(images), None)
     engine.origin_px = torch.zeros(8, 2)
-    engine.own_weight = torch.ones(8, engine.own.n_bands)
-    engine.own.strength = math.inf  # noise is the same for all
+    make_alike(engine, 8)
     with torch.no_grad():
         empty = engine.empty_image(engine.ring_power(batch), engine.own_weight)
         found = engine.infer(batch).log_likelihood - empty

@@ -46,7 +46,7 @@ def test_a_particle_as_much_noisier_is_weighed_as_much_less():
 
 def test_without_a_prior_all_weights_are_one():
     own = OwnNoise(DOF)
-    own.strength = math.inf
+    own.strength.fill_(torch.inf)
     weight = own.weight(power_of_noise(5, 9.0))
     assert (weight == 1.0).all()
     assert (own.log_prior(weight) == 0.0).all()

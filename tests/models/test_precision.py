@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.calibration import drawn_from
 from cryo_svae.models.coordinate import CoordinateConfig, CoordinateEngine
 from cryo_svae.models.engine import Batch, Engine
-from tests.models.planted import planted_engine
+from tests.models.planted import make_alike, planted_engine
 
 IMAGES = 48
 
@@ -44,8 +44,7 @@ def steerable(shifts: bool) -> tuple[Engine, Tensor]:
     engine = planted_engine(24, contrast=0.12, max_shift_px=3.0 if shifts else 0.0, shift_std_px=0.8)
     images, _ = drawn_from(engine, IMAGES, seed=2, noise_std=1.0)
     engine.origin_px = torch.zeros(IMAGES, 2)
-    engine.own_weight = torch.ones(IMAGES, engine.own.n_bands)
-    engine.own.strength = math.inf  # weights stay as they are from one bound to the next
+    make_alike(engine, IMAGES)  # weights and scales stay as they are from one bound to the next
     # looked at from fixed places: their jitter is drawn at the default precision
     offsets = 0.7 * torch.tensor([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
     offsets = offsets if shifts else offsets[:1]

@@ -44,7 +44,7 @@ def test_a_lone_particle_is_held_and_not_the_whole_box(name):
     simulated = simulate(SimulateConfig(molecule=name, n_particles=1500, box=48))
     true = load_molecule(name).radius_angst() / simulated.pixel_size_angst
     found = found_radius_px([(prepared(simulated), None)])
-    assert true <= found <= 1.5 * true + 1.0
+    assert true <= found <= 1.5 * true + 2.0
 
 
 def test_noise_has_no_extent():
