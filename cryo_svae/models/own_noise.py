@@ -5,8 +5,8 @@ and least squares would bend every content towards them. So the variance of a pa
 that of the set over a weight of its own, whose prior is a gamma distribution about 1: the residuals have
 Student's t distribution, and those that are improbably great teach little (Lange, Little and Taylor 1989,
 J. Am. Stat. Assoc. 84, 881). Given the residual's power the most probable weight is one division. How wide
-the prior is (the degrees of freedom of the t distribution) is learned for each band: where all particles have
-the same noise, weights are all but 1 and nothing is lost by them.
+the prior is (the degrees of freedom of the t distribution) is learned for each band: where all particles
+have the same noise, weights are all but 1 and nothing is lost by them.
 """
 
 from __future__ import annotations
