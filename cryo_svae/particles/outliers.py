@@ -21,13 +21,15 @@ NOISE = 0.25  # cycles a pixel, beyond which an image's power is taken for its n
 STANDS_OUT = 3.5  # robust standard deviations of the logarithm over the median; of good images 1 in 2,000
 MOST = 0.15  # of a set: more images are no outliers, but one of its kinds
 EDGE = 0.06  # of the box, where the circle ends softly
-N_MEASURES = 2 + len(BANDS)
+N_MEASURES = 2 + len(BANDS)  # mean square, low bands, noise
 
 
 def measures(images: Float[Tensor, "b n n"], radius_px: float) -> Float[Tensor, "b m"]:
     """Of each prepared image its mean square, and its mean power in the low bands and beyond ``NOISE``
     within a circle: what ``is_outlier`` compares.
     """
+    if len(images) == 0:  # FFT libraries refuse none
+        return images.new_zeros(0, N_MEASURES).double()
     box = images.shape[-1]
     disc = soft_disc(box, radius_px, max(2.0, EDGE * box)).to(images.device)
     level = (images * disc).sum((1, 2)) / disc.sum()

@@ -69,4 +69,4 @@ def test_measures_are_mean_powers():
 
 
 def test_of_no_image_none_stands_out():
-    assert outliers.found(torch.zeros(0, outliers.N_MEASURES, dtype=torch.float64)) is None
+    assert outliers.found(outliers.measures(torch.zeros(0, BOX, BOX), RADIUS_PX)) is None
